@@ -1,0 +1,79 @@
+"""What can go wrong in the store. Knows nothing of HTTP; the server maps ``code`` to a status (docs/ERRORS.md).
+
+StoreError
+├── AdapterRejected        the upload is not a servable adapter (all faults at once)
+├── AdapterNotFound        no such adapter, version or tag for this tenant
+├── InvalidName            the name breaks the grammar, or is reserved
+├── UploadTooLarge         the upload is over the byte cap
+├── BlobCorrupt            stored bytes do not match their digest
+├── StorageFull            no space left to store the upload
+└── StoreUnavailable       a backend (catalog, blobs, registry) cannot be reached
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One reason to refuse an upload. ``where`` names the file, tensor key or field; ``message`` says how to fix it."""
+
+    code: str
+    where: str
+    message: str
+    expected: str | None = None
+    found: str | None = None
+
+
+class StoreError(Exception):
+    """Base of everything that the store raises on purpose."""
+
+    code: ClassVar[str] = "store_error"
+
+
+class AdapterRejected(StoreError):
+    """The upload is not an adapter that can be served. ``faults`` lists everything found, never only the first."""
+
+    code = "adapter_rejected"
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__("; ".join(f"{fault.where}: {fault.message}" for fault in faults))
+        self.faults = tuple(faults)
+
+
+class AdapterNotFound(StoreError):
+    """No such adapter for this tenant. The same for "not yours" and "not there"."""
+
+    code = "adapter_not_found"
+
+
+class InvalidName(StoreError):
+    """The name does not match ``[a-z0-9][a-z0-9._-]{0,63}``, or is reserved."""
+
+    code = "invalid_adapter_name"
+
+
+class UploadTooLarge(StoreError):
+    """The upload is over the byte cap."""
+
+    code = "upload_too_large"
+
+
+class BlobCorrupt(StoreError):
+    """Stored bytes do not match their digest."""
+
+    code = "blob_corrupt"
+
+
+class StorageFull(StoreError):
+    """No space is left to store the upload."""
+
+    code = "storage_full"
+
+
+class StoreUnavailable(StoreError):
+    """A backend cannot be reached; try again later."""
+
+    code = "store_unavailable"

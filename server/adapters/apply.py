@@ -1,0 +1,245 @@
+"""Executing edits: what a step's programs do at each site. Knows programs and rows; no method, no scheduler.
+
+A ``StepEdits`` is built from a step's runs of rows and kept while the same programs keep the same rows, which in decoding is most
+of the time; the index tensors of a site are made on its first use.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.adapters.bank import Bank, Resident
+from server.adapters.kernels import LowRankRows, lowrank_concat, lowrank_gather
+from server.adapters.program_file import SiteLayout
+
+Run = tuple[int, int, int]
+"""Rows ``[start, end)`` belong to ``slot``: (slot, start, end)."""
+
+LONG_RUN = 16
+"""From this many rows on, a run is worth products of its own."""
+CONCAT_MAX_RANK = 160
+"""Up to this sum of distinct ranks, one dense product over all programs beats gathering per row."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, LowRankRows], None]
+
+
+@dataclass(frozen=True, slots=True)
+class VectorRows:
+    """The vector at element ``index[i]`` of the arena acts on ``rows[i]``; ``rows`` None: on all rows in order."""
+
+    rows: Tensor | None
+    index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SiteWork:
+    """What the programs of a step do at one linear site. Long runs as (start, end, down, up); everything else by row."""
+
+    long_runs: tuple[tuple[int, int, Tensor, Tensor], ...]
+    short_rows: LowRankRows | None
+    kernel: Kernel
+    down: Tensor | None
+    up: Tensor | None
+    in_scale: VectorRows | None
+    out_scale: VectorRows | None
+    shift: VectorRows | None
+    dense: tuple[tuple[int, int, Tensor], ...]
+
+
+class StepEdits:
+    """The edits of the programs that own the rows of one ragged batch."""
+
+    def __init__(self, bank: Bank, runs: Sequence[Run], kernel: Kernel | None = None) -> None:
+        self._bank = bank
+        self._kernel = kernel
+        self._runs = [(bank.resident(slot), start, end) for slot, start, end in runs if slot]
+        self._num_rows = max((end for _, _, end in runs), default=0)
+        self._linear: dict[str, SiteWork | None] = {}
+
+    def extras(self, site: str, prefix: str) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """Runs with loose tensors at a site: (start, end, {field: tensor}) of those fields that begin with ``prefix``."""
+        for resident, start, end in self._runs:
+            layout = resident.layouts.get(site)
+            if layout is None:
+                continue
+            found = {
+                name.removeprefix(prefix): resident.extras[tensor]
+                for name, tensor in layout.extras.items()
+                if name.startswith(prefix)
+            }
+            if found:
+                yield start, end, found
+
+    def linear(self, site: str, in_features: int, out_features: int) -> SiteWork | None:
+        """The work at a linear site; None when no program of the step edits it."""
+        if site not in self._linear:
+            here = [(resident, start, end, resident.layouts[site]) for resident, start, end in self._runs if site in resident.layouts]
+            self._linear[site] = self._site_work(here, in_features, out_features) if here else None
+        return self._linear[site]
+
+    def _site_work(
+        self, here: list[tuple[Resident, int, int, SiteLayout]], in_features: int, out_features: int
+    ) -> SiteWork:
+        bank = self._bank
+        down, up = bank.row_view(in_features), bank.row_view(out_features)
+        long_runs, short = [], []
+        for resident, start, end, layout in here:
+            if not layout.rank:
+                continue
+            if end - start >= LONG_RUN or down is None or up is None:
+                first, second = resident.rows_offset + layout.down, resident.rows_offset + layout.up
+                matrices = (
+                    bank.rows[first : first + layout.rank * in_features].view(layout.rank, in_features),
+                    bank.rows[second : second + layout.rank * out_features].view(layout.rank, out_features),
+                )
+                long_runs.append((start, end, *matrices))
+            else:
+                short.append((resident, start, end, layout))
+        distinct = {resident.serial: layout.rank for resident, _, _, layout in short}
+        kernel = self._kernel or (lowrank_concat if sum(distinct.values()) <= CONCAT_MAX_RANK else lowrank_gather)
+        dense = [
+            (start, end, resident.extras[layout.extras["dense"]])
+            for resident, start, end, layout in here
+            if "dense" in layout.extras
+        ]
+        return SiteWork(
+            long_runs=tuple(long_runs),
+            short_rows=self._low_rank_rows(short, in_features, out_features) if short else None,
+            kernel=kernel,
+            down=down,
+            up=up,
+            in_scale=self._vector_rows([(r, s, e, x.in_scale) for r, s, e, x in here], in_features),
+            out_scale=self._vector_rows([(r, s, e, x.out_scale) for r, s, e, x in here], out_features),
+            shift=self._vector_rows([(r, s, e, x.shift) for r, s, e, x in here], out_features),
+            dense=tuple(dense),
+        )
+
+    def _low_rank_rows(
+        self, short: list[tuple[Resident, int, int, SiteLayout]], in_features: int, out_features: int
+    ) -> LowRankRows:
+        rows: list[int] = []
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        ranks: list[int] = []
+        program_of_row: list[int] = []
+        programs: dict[int, int] = {}
+        distinct: list[tuple[Tensor, Tensor]] = []
+        for resident, start, end, layout in short:
+            if resident.serial not in programs:
+                programs[resident.serial] = len(distinct)
+                steps = torch.arange(layout.rank)
+                distinct.append(
+                    (
+                        steps + (resident.rows_offset + layout.down) // in_features,
+                        steps + (resident.rows_offset + layout.up) // out_features,
+                    )
+                )
+            which = programs[resident.serial]
+            for row in range(start, end):
+                rows.append(row)
+                downs.append(distinct[which][0])
+                ups.append(distinct[which][1])
+                ranks.append(layout.rank)
+                program_of_row.append(which)
+        device = self._bank.rows.device
+        rank_tensor = torch.tensor(ranks)
+        part_program = torch.repeat_interleave(
+            torch.arange(len(distinct)), torch.tensor([down.shape[0] for down, _ in distinct])
+        )
+        return LowRankRows(
+            rows=None if rows == list(range(self._num_rows)) else torch.tensor(rows, device=device),
+            down=torch.cat(downs).to(device),
+            up=torch.cat(ups).to(device),
+            owner=torch.repeat_interleave(torch.arange(len(rows)), rank_tensor).to(device),
+            offsets=(torch.cumsum(rank_tensor, 0) - rank_tensor).to(device),
+            distinct_down=torch.cat([down for down, _ in distinct]).to(device),
+            distinct_up=torch.cat([up for _, up in distinct]).to(device),
+            member=(torch.tensor(program_of_row)[:, None] == part_program).to(device),
+            rank=ranks[0] if len(set(ranks)) == 1 else 0,
+        )
+
+    def _vector_rows(self, found: list[tuple[Resident, int, int, int | None]], width: int) -> VectorRows | None:
+        rows: list[int] = []
+        starts: list[int] = []
+        for resident, start, end, offset in found:
+            if offset is not None:
+                rows += range(start, end)
+                starts += [resident.vectors_offset + offset] * (end - start)
+        if not rows:
+            return None
+        device = self._bank.vectors.device
+        return VectorRows(
+            rows=None if rows == list(range(self._num_rows)) else torch.tensor(rows, device=device),
+            index=torch.tensor(starts, device=device),
+        )
+
+
+class EditCache:
+    """The last few StepEdits, by the programs and rows that they were built for."""
+
+    def __init__(self, bank: Bank, *, capacity: int = 8, kernel: Kernel | None = None) -> None:
+        self._bank = bank
+        self._capacity = capacity
+        self._kernel = kernel
+        self._entries: OrderedDict[tuple[tuple[int, int, int], ...], StepEdits] = OrderedDict()
+
+    def get(self, runs: Sequence[Run]) -> StepEdits | None:
+        """The edits for these runs; None when they are all the base's, which takes the plain path."""
+        if not any(slot for slot, _, _ in runs):
+            return None
+        # Slots are reused and serials are not: a key never outlives the program that it was made for.
+        key = tuple((self._bank.resident(slot).serial if slot else 0, start, end) for slot, start, end in runs)
+        edits = self._entries.pop(key, None) or StepEdits(self._bank, runs, self._kernel)
+        self._entries[key] = edits
+        if len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
+        return edits
+
+
+def scale_rows(x: Tensor, vectors: Tensor, work: VectorRows) -> Tensor:
+    """``x[row] * vector`` for the rows that have one, computed in the vectors' precision; other rows are passed through."""
+    scales = _take(vectors, work, x.shape[-1])
+    if work.rows is None:
+        return (x * scales).to(x.dtype)
+    return x.index_copy(0, work.rows, (x.index_select(0, work.rows) * scales).to(x.dtype))
+
+
+def shift_rows(y: Tensor, vectors: Tensor, work: VectorRows) -> None:
+    """``y[row] += vector`` in place."""
+    shifts = _take(vectors, work, y.shape[-1]).to(y.dtype)
+    if work.rows is None:
+        y += shifts
+    else:
+        y.index_add_(0, work.rows, shifts)
+
+
+def add_low_rank(y: Tensor, x: Tensor, work: SiteWork) -> None:
+    """Every program's ``(x @ down.T) @ up`` added to its rows of ``y``, in place."""
+    for start, end, down, up in work.long_runs:
+        y[start:end].addmm_(x[start:end] @ down.T, up)
+    if work.short_rows is not None and work.down is not None and work.up is not None:
+        work.kernel(y, x, work.down, work.up, work.short_rows)
+    for start, end, dense in work.dense:
+        y[start:end].addmm_(x[start:end], dense.T)
+
+
+def _take(vectors: Tensor, work: VectorRows, width: int) -> Tensor:
+    """The vectors at ``index`` (element offsets): ``(rows, width)``."""
+    return vectors[work.index[:, None] + torch.arange(width, device=vectors.device)]
+
+
+__all__ = [
+    "EditCache",
+    "Kernel",
+    "Run",
+    "SiteWork",
+    "StepEdits",
+    "add_low_rank",
+    "scale_rows",
+    "shift_rows",
+]

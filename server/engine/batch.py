@@ -1,0 +1,145 @@
+"""Packing a schedule into the tensors of one ragged batch ``[1, T]``. Knows sequences and shapes, no model and no edits.
+
+Rows are ordered decodes first (by slot), then longer pieces: rows of one slot lie together, and so do the single-token rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.block_manager import NULL_BLOCK
+from server.engine.scheduler import Schedule, Scheduled
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Single-token rows of similar context length. ``rows (B,)``, ``tables (B, blocks)`` padded with the null block,
+    ``lengths (B,)`` keys per row, the new one included. ``rows`` None: all rows of the batch, in order."""
+
+    rows: Tensor | None
+    tables: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPiece:
+    """Rows ``[start, end)`` of the batch: consecutive tokens of one sequence. ``table (blocks,)`` covers ``kv_length`` keys."""
+
+    start: int
+    end: int
+    kv_length: int
+    table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's input. ``T`` tokens, ``S`` sampled rows.
+
+    ``input_ids``, ``positions``, ``kv_slots``: int64 ``(T,)``. ``token_slots`` and ``sample_slots`` are (slot, start, end) runs over
+    the T token rows and the S sampled rows. ``sample_rows (S,)`` selects from the token rows; ``item_samples[i]`` is how many of
+    them belong to ``items[i]``; its last one makes the next token where ``items[i].samples``.
+    """
+
+    items: tuple[Scheduled, ...]
+    input_ids: Tensor
+    positions: Tensor
+    kv_slots: Tensor
+    decodes: tuple[DecodeGroup, ...]
+    prefills: tuple[PrefillPiece, ...]
+    token_slots: tuple[tuple[int, int, int], ...]
+    sample_slots: tuple[tuple[int, int, int], ...]
+    sample_rows: Tensor
+    item_samples: tuple[int, ...]
+    new_blocks: Tensor
+
+
+def pack(schedule: Schedule, block_size: int, device: torch.device) -> Batch:
+    """Lay a schedule's tokens side by side."""
+    items = sorted(schedule.items, key=lambda item: (item.count > 1, item.sequence.slot, item.sequence.order))
+    input_ids: list[int] = []
+    positions: list[int] = []
+    kv_slots: list[int] = []
+    sample_rows: list[int] = []
+    item_samples: list[int] = []
+    token_runs: list[tuple[int, int, int]] = []
+    sample_runs: list[tuple[int, int, int]] = []
+    decodes: list[tuple[int, Scheduled]] = []
+    prefills: list[PrefillPiece] = []
+    for item in items:
+        sequence, first, end = item.sequence, item.start, item.start + item.count
+        row = len(input_ids)
+        input_ids += sequence.token_ids[first:end]
+        positions += range(first, end)
+        table = sequence.block_table
+        kv_slots += [table[index // block_size] * block_size + index % block_size for index in range(first, end)]
+        token_runs += [(slot, row + start - first, row + stop - first) for slot, start, stop in sequence.slots_between(first, end)]
+        wanted = _sampled_positions(item)
+        sample_runs += [
+            (next(sequence.slots_between(index, index + 1))[0], len(sample_rows) + offset, len(sample_rows) + offset + 1)
+            for offset, index in enumerate(wanted)
+        ]
+        sample_rows += [row + index - first for index in wanted]
+        item_samples.append(len(wanted))
+        if item.count == 1:
+            decodes.append((row, item))
+        else:
+            blocks = table[: -(-end // block_size)]
+            prefills.append(PrefillPiece(row, row + item.count, end, torch.tensor(blocks, device=device)))
+    return Batch(
+        items=tuple(items),
+        input_ids=torch.tensor(input_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        kv_slots=torch.tensor(kv_slots, device=device),
+        decodes=tuple(_decode_groups(decodes, len(input_ids), block_size, device)),
+        prefills=tuple(prefills),
+        token_slots=_merge(token_runs),
+        sample_slots=_merge(sample_runs),
+        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        item_samples=tuple(item_samples),
+        new_blocks=torch.tensor(schedule.new_blocks, dtype=torch.int64, device=device),
+    )
+
+
+def _sampled_positions(item: Scheduled) -> list[int]:
+    """Token positions whose logits are wanted: the last one, and the prompt's where its log-probabilities are asked for."""
+    end = item.start + item.count
+    last = [end - 1] if item.samples else []
+    if not item.sequence.wants_prompt_logprobs:
+        return last
+    return list(range(item.start, min(end, item.sequence.num_prompt - 1))) + last
+
+
+def _decode_groups(
+    decodes: list[tuple[int, Scheduled]], num_rows: int, block_size: int, device: torch.device
+) -> Iterable[DecodeGroup]:
+    """Group rows so that the padding of block tables at most doubles the work: by the power of two above their length."""
+    buckets: dict[int, list[tuple[int, Scheduled]]] = {}
+    for row, item in decodes:
+        blocks = -(-(item.start + 1) // block_size)
+        buckets.setdefault((blocks - 1).bit_length(), []).append((row, item))
+    for _, members in sorted(buckets.items()):
+        longest = max(-(-(item.start + 1) // block_size) for _, item in members)
+        tables = [
+            (item.sequence.block_table + [NULL_BLOCK] * longest)[:longest] for _, item in members
+        ]
+        rows = [row for row, _ in members]
+        yield DecodeGroup(
+            rows=None if rows == list(range(num_rows)) else torch.tensor(rows, device=device),
+            tables=torch.tensor(tables, device=device),
+            lengths=torch.tensor([item.start + 1 for _, item in members], device=device),
+        )
+
+
+def _merge(runs: list[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+    """Join neighbouring runs of the same slot."""
+    merged: list[tuple[int, int, int]] = []
+    for slot, start, end in runs:
+        if merged and merged[-1][0] == slot and merged[-1][2] == start:
+            merged[-1] = (slot, merged[-1][1], end)
+        else:
+            merged.append((slot, start, end))
+    return tuple(merged)

@@ -1,0 +1,403 @@
+"""The engine: add, abort, step. Synchronous, in one thread, and the only place where its parts meet.
+
+Every request that ``add`` takes ends exactly once, in the outputs of some ``step``. Requests whose program is not at hand wait
+for the loader; nobody else does.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from server.adapters.apply import Kernel
+from server.adapters.bank import Bank
+from server.engine.batch import Batch, pack
+from server.engine.block_manager import BlockManager
+from server.engine.kv_cache import KVCache
+from server.engine.loader import Loader
+from server.engine.model import DTYPES, BaseModel, load_base
+from server.engine.runner import Runner, StepResult
+from server.engine.sampler import log_probabilities, sample
+from server.engine.scheduler import Schedule, Scheduled, Scheduler
+from server.engine.sequence import Sequence
+from server.engine.settings import EngineSettings
+from server.engine.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    ProgramEvent,
+    ProgramState,
+    Request,
+    RequestError,
+    RequestOutput,
+    TokenLogprob,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Owns the device: base model, K/V blocks and bank. ``wake`` is called from another thread when a load ends.
+
+    ``kernel`` forces one low-rank kernel, for tests that compare the fast ones with the reference.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, *, wake: Callable[[], None] = lambda: None, kernel: Kernel | None = None
+    ) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        base = load_base(Path(settings.model_dir), settings.base_digest, settings.dtype, settings.device)
+        device = torch.device(settings.device)
+        dtype = DTYPES[settings.dtype]
+        num_blocks = _num_blocks(settings, base)
+        capacity = (num_blocks - 1) * settings.block_size
+        self.blocks = BlockManager(num_blocks, settings.block_size, prefix_caching=settings.prefix_caching)
+        self.bank = Bank(
+            base.spec, capacity_bytes=settings.bank_bytes, max_slots=settings.max_slots, dtype=dtype, device=device
+        )
+        cache = KVCache(
+            num_layers=base.num_layers,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            kv_heads=base.kv_heads,
+            head_dim=base.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self.loader = Loader(host_bytes=settings.host_bytes, wake=wake)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_running=settings.max_running,
+            max_batch_tokens=settings.max_batch_tokens,
+            pin=self._pin,
+            unpin=self._unpin,
+        )
+        self.info = EngineInfo(
+            model_name=settings.model_name,
+            base_digest=settings.base_digest,
+            dtype=settings.dtype,
+            max_model_len=min(settings.max_model_len or base.max_positions, base.max_positions, capacity),
+            vocab_size=base.spec.vocab_size,
+            eos_token_ids=base.eos_token_ids,
+            block_size=settings.block_size,
+            num_blocks=num_blocks,
+            base_spec=base.spec.to_json(),
+        )
+        self._device = device
+        self._runner = Runner(base, cache, self.bank, kernel=kernel)
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting_for_program: dict[str, list[Sequence]] = {}
+        self._dropped: set[str] = set()
+        self._outputs: list[RequestOutput] = []
+        self._events: list[ProgramEvent] = []
+        self._counters: Counter[str] = Counter()
+        self._order = 0
+        self._last_step = (0.0, 0, 0)
+
+    @property
+    def has_runnable(self) -> bool:
+        """Whether ``step`` has something to do now. Sequences that only wait for a program do not count: ``wake`` tells of those."""
+        return bool(self._outputs or self.scheduler.running) or (self.scheduler.has_work and not self.loader.is_loading)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request has yet to end."""
+        return bool(self._sequences or self._outputs)
+
+    @property
+    def num_waiting_for_program(self) -> int:
+        return sum(len(group) for group in self._waiting_for_program.values())
+
+    def add(self, request: Request) -> None:
+        """Take a request. Its first output comes from a later ``step``, also when it is refused."""
+        problem = self._problem(request)
+        if problem is not None:
+            self._outputs.append(_failed(request.request_id, problem))
+            return
+        self._order += 1
+        sequence = Sequence(request, self._order)
+        self._sequences[request.request_id] = sequence
+        self._dropped.discard(request.program.program_id)
+        self._route(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request early. Unknown ids have ended already."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end(sequence, RequestOutput(request_id, finish_reason=FinishReason.ABORT))
+
+    def drop_program(self, program_id: str) -> None:
+        """Free a program's memory as soon as no sequence uses it."""
+        self._dropped.add(program_id)
+        self._evict_dropped(program_id)
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, sample. Returns what became of requests since the last step."""
+        self._receive_loads()
+        schedule = self.scheduler.schedule()
+        if schedule.items:
+            started = time.monotonic()
+            batch = pack(schedule, self.blocks.block_size, self._device)
+            self._run(schedule, batch)
+            adapters = len({slot for slot, _, _ in batch.token_slots if slot})
+            self._last_step = (time.monotonic() - started, len(batch.items), adapters)
+            self._counters["steps"] += 1
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def take_events(self) -> list[ProgramEvent]:
+        """Program state changes since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def stats(self) -> EngineStats:
+        """A snapshot between two steps."""
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.num_waiting,
+            waiting_for_adapter=self.num_waiting_for_program,
+            kv_blocks_total=self.blocks.num_usable,
+            kv_blocks_used=self.blocks.num_used,
+            kv_blocks_cached=self.blocks.num_cached,
+            bank_bytes_total=self.bank.capacity_bytes,
+            bank_bytes_used=self.bank.used_bytes,
+            host_bytes_used=self.loader.used_bytes,
+            slots_total=self.bank.max_slots,
+            slots_used=self.bank.num_slots_used,
+            slots_pinned=self.bank.num_slots_pinned,
+            counters={**self._counters, "preemptions": self.scheduler.num_preemptions},
+            last_step_seconds=self._last_step[0],
+            last_step_rows=self._last_step[1],
+            last_step_adapters=self._last_step[2],
+        )
+
+    def close(self) -> None:
+        self.loader.close()
+
+    # Requests and programs
+
+    def _problem(self, request: Request) -> RequestError | None:
+        """What the engine cannot run, checked here once more whatever the edge has checked."""
+        length, limit = len(request.prompt_token_ids), self.info.max_model_len
+        if request.request_id in self._sequences:
+            return RequestError("duplicate_request", f"request {request.request_id} is already running")
+        if not length:
+            return RequestError("empty_prompt", "the prompt has no tokens")
+        if length >= limit:
+            return RequestError("prompt_too_long", f"the prompt has {length} tokens; with one to generate, at most {limit - 1} fit")
+        outside = [token for token in request.prompt_token_ids if not 0 <= token < self.info.vocab_size]
+        if outside:
+            return RequestError("invalid_token_id", f"token id {outside[0]} is outside the vocabulary of {self.info.vocab_size}")
+        return None
+
+    def _route(self, sequence: Sequence) -> None:
+        """Queue a sequence if its program is at hand, else let it wait for the loader."""
+        ref = sequence.program
+        if ref.is_base:
+            self.scheduler.add(sequence)
+            return
+        at_hand = self.bank.find(ref.program_id) or self.loader.get(ref.program_id)
+        if at_hand is None:
+            self._waiting_for_program.setdefault(ref.program_id, []).append(sequence)
+            self._load(sequence)
+            return
+        sequence.start_at(at_hand.invocation_tokens)
+        self.scheduler.add(sequence)
+
+    def _load(self, sequence: Sequence) -> None:
+        if self.loader.request(sequence.program):
+            self._counters["loads"] += 1
+            self._events.append(ProgramEvent(sequence.program.program_id, ProgramState.LOADING))
+
+    def _receive_loads(self) -> None:
+        for loaded in self.loader.finished():
+            waiting = self._waiting_for_program.pop(loaded.program_id, [])
+            problem = self._load_problem(loaded.program.nbytes if loaded.program else None, loaded.problem)
+            if problem is None and loaded.program is not None:
+                self._events.append(
+                    ProgramEvent(loaded.program_id, ProgramState.HOST, loaded.program.nbytes, loaded.seconds)
+                )
+                for sequence in waiting:
+                    self._route(sequence)
+                continue
+            log.error("program %s cannot be loaded: %s", loaded.program_id[:12], loaded.problem)
+            self._events.append(ProgramEvent(loaded.program_id, ProgramState.STORED, reason="load_failed"))
+            for sequence in list(self._sequences.values()):
+                if sequence.program.program_id == loaded.program_id and sequence not in self.scheduler.running:
+                    self._end(sequence, _failed(sequence.request.request_id, problem))
+
+    def _load_problem(self, nbytes: int | None, problem: str) -> RequestError | None:
+        if nbytes is None:
+            return RequestError("adapter_load_failed", "the adapter's program cannot be loaded; push the adapter again")
+        if not self.bank.fits(nbytes):
+            return RequestError(
+                "program_too_large",
+                f"the adapter takes {nbytes} bytes on the device and the bank holds {self.bank.capacity_bytes}",
+            )
+        return None
+
+    def _pin(self, sequence: Sequence) -> bool:
+        ref = sequence.program
+        if ref.is_base:
+            return True
+        if self.bank.find(ref.program_id) is None:
+            program = self.loader.get(ref.program_id)
+            if program is None:
+                self._load(sequence)
+                return False
+            started = time.monotonic()
+            resident, evicted = self.bank.admit(program)
+            for program_id in evicted:
+                self._counters["evictions"] += 1
+                state = ProgramState.HOST if self.loader.get(program_id) else ProgramState.STORED
+                self._events.append(ProgramEvent(program_id, state, reason="evicted"))
+            if resident is None:
+                return False
+            self._events.append(
+                ProgramEvent(ref.program_id, ProgramState.RESIDENT, resident.nbytes, time.monotonic() - started)
+            )
+        sequence.slot = self.bank.pin(ref.program_id)
+        return True
+
+    def _unpin(self, sequence: Sequence) -> None:
+        if sequence.slot:
+            sequence.slot = 0
+            self.bank.unpin(sequence.program.program_id)
+            self._evict_dropped(sequence.program.program_id)
+
+    def _evict_dropped(self, program_id: str) -> None:
+        if program_id in self._dropped and self.bank.find(program_id) and not self.bank.is_pinned(program_id):
+            self._dropped.discard(program_id)
+            self.bank.evict(program_id)
+            self._events.append(ProgramEvent(program_id, ProgramState.STORED, reason="dropped"))
+
+    # Steps
+
+    def _run(self, schedule: Schedule, batch: Batch) -> None:
+        try:
+            result = self._runner.run(batch)
+        except (RuntimeError, MemoryError, ValueError, TypeError, IndexError) as error:
+            self._run_apart(schedule, error)
+            return
+        self._finish_step(batch, result)
+
+    def _run_apart(self, schedule: Schedule, error: BaseException) -> None:
+        """A step raised: run its items one by one, so that only those that raise alone fail."""
+        log.exception("a step of %d sequences failed", len(schedule.items), exc_info=error)
+        new_blocks = schedule.new_blocks
+        for item in schedule.items:
+            batch = pack(Schedule([item], new_blocks), self.blocks.block_size, self._device)
+            new_blocks = []
+            try:
+                result = self._runner.run(batch)
+            except (RuntimeError, MemoryError, ValueError, TypeError, IndexError):
+                log.exception("request %s failed alone", item.sequence.request.request_id)
+                self._fail_row(item.sequence, RequestError("internal_error", "the engine failed on this request"))
+                continue
+            self._finish_step(batch, result)
+
+    def _finish_step(self, batch: Batch, result: StepResult) -> None:
+        sampled: list[tuple[Sequence, int]] = []
+        row = 0
+        for item, samples, finite in zip(batch.items, batch.item_samples, result.finite, strict=True):
+            if not finite:
+                error = RequestError("non_finite_output", "the computation overflowed for this request's adapter and prompt")
+                self._fail_row(item.sequence, error)
+            else:
+                self._advance(item, result.logits[row : row + samples])
+                if item.samples:
+                    sampled.append((item.sequence, row + samples - 1))
+            row += samples
+        if sampled:
+            sequences = [sequence for sequence, _ in sampled]
+            rows = [index for _, index in sampled]
+            logits = result.logits if len(rows) == result.logits.shape[0] else result.logits[rows]
+            tokens = sample(logits, sequences, self.info.eos_token_ids)
+            asked = [index for index, item in enumerate(sequences) if item.request.params.logprobs is not None]
+            logprobs = dict(zip(asked, self._logprobs(logits, sequences, tokens, asked), strict=True))
+            for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+                self._accept(sequence, token, logprobs.get(index))
+
+    def _logprobs(
+        self, logits: torch.Tensor, sequences: list[Sequence], tokens: list[int], asked: list[int]
+    ) -> list[TokenLogprob]:
+        if not asked:
+            return []
+        tops = [sequences[index].request.params.logprobs or 0 for index in asked]
+        return log_probabilities(logits[asked], [tokens[index] for index in asked], tops)
+
+    def _advance(self, item: Scheduled, logits: torch.Tensor) -> None:
+        """The K/V of the item's tokens is known to be good: count it, and let others share full blocks."""
+        sequence, end = item.sequence, item.start + item.count
+        prompt_tokens = max(0, min(end, sequence.num_prompt) - item.start)
+        self._counters["prompt_tokens"] += prompt_tokens
+        sequence.num_computed = end
+        hashes = sequence.full_block_hashes(self.blocks.block_size)
+        for index in range(sequence.num_registered, end // self.blocks.block_size):
+            self.blocks.register(sequence.block_table[index], hashes[index])
+        sequence.num_registered = end // self.blocks.block_size
+        if sequence.wants_prompt_logprobs and item.start < sequence.num_prompt - 1:
+            targets = sequence.token_ids[item.start + 1 : min(end, sequence.num_prompt - 1) + 1]
+            top = sequence.request.params.prompt_logprobs or 0
+            sequence.prompt_logprobs += log_probabilities(logits[: len(targets)], targets, [top] * len(targets))
+
+    def _accept(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        params = sequence.request.params
+        is_first = sequence.num_output == 0
+        stops = token in params.stop_token_ids or (token in self.info.eos_token_ids and not params.ignore_eos)
+        reason = FinishReason.STOP if stops else None
+        if not stops:
+            sequence.token_ids.append(token)
+            self._counters["generated_tokens"] += 1
+            if sequence.num_output >= params.max_tokens or sequence.num_tokens >= self.info.max_model_len:
+                reason = FinishReason.LENGTH
+        if is_first:
+            self._counters["cached_tokens"] += sequence.num_cached
+        output = RequestOutput(
+            request_id=sequence.request.request_id,
+            token_ids=() if stops else (token,),
+            logprobs=() if stops or logprob is None else (logprob,),
+            prompt_logprobs=(None, *sequence.prompt_logprobs) if is_first and sequence.wants_prompt_logprobs else None,
+            num_cached_tokens=sequence.num_cached,
+            finish_reason=reason,
+            stop_token_id=token if stops else None,
+        )
+        if reason is None:
+            self._outputs.append(output)
+        else:
+            self._end(sequence, output)
+
+    def _fail_row(self, sequence: Sequence, error: RequestError) -> None:
+        self._counters["failed_rows"] += 1
+        self._end(sequence, _failed(sequence.request.request_id, error))
+
+    def _end(self, sequence: Sequence, output: RequestOutput) -> None:
+        del self._sequences[sequence.request.request_id]
+        group = self._waiting_for_program.get(sequence.program.program_id)
+        if group is not None and sequence in group:
+            group.remove(sequence)
+        self.scheduler.remove(sequence)
+        self._outputs.append(output)
+
+
+def _failed(request_id: str, error: RequestError | None) -> RequestOutput:
+    return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error)
+
+
+def _num_blocks(settings: EngineSettings, base: BaseModel) -> int:
+    """Blocks that the K/V budget buys, the null block included, and no more than could ever be used."""
+    size = KVCache.block_bytes(base.num_layers, settings.block_size, base.kv_heads, base.head_dim, DTYPES[settings.dtype])
+    affordable = settings.kv_cache_bytes // size
+    longest = min(settings.max_model_len or base.max_positions, base.max_positions)
+    useful = settings.max_running * -(-longest // settings.block_size) + 1
+    if affordable < 2:
+        raise ValueError(
+            f"kv_cache_bytes={settings.kv_cache_bytes} holds {affordable} blocks of {size} bytes; 2 are the minimum"
+        )
+    return min(affordable, useful)

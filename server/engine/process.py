@@ -1,0 +1,106 @@
+"""The engine process: ``python -m server.engine.process``. Reads commands, steps the engine, sends what came of it.
+
+Started by ``EngineClient`` with a Start message on standard input; ends when that pipe closes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+
+import msgspec
+import zmq
+
+from server.engine.engine import Engine
+from server.engine.wire import Abort, Add, Drop, Fatal, FromEngine, Ready, Start, Step, ToEngine
+
+STATS_INTERVAL_S = 0.25
+
+log = logging.getLogger(__name__)
+
+
+class _Channel:
+    """The socket to the parent, the pipe that tells of its end, and a pipe by which loader threads wake the loop."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.linger = 0
+        self._socket.connect(address)
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._poller = zmq.Poller()
+        for source in (self._socket, self._wake_read, sys.stdin.fileno()):
+            self._poller.register(source, zmq.POLLIN)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+
+    def send(self, message: FromEngine) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"!")
+        except BlockingIOError:
+            return  # the pipe is full of wake-ups already
+
+    def receive(self, timeout_ms: int) -> list[ToEngine] | None:
+        """Commands that arrived, waiting up to ``timeout_ms`` for the first; None when the parent is gone."""
+        ready = dict(self._poller.poll(timeout_ms))
+        if sys.stdin.fileno() in ready:
+            return None
+        if self._wake_read in ready:
+            os.read(self._wake_read, 4096)
+        commands = []
+        while True:
+            try:
+                commands.append(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return commands
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="engine: %(levelname)s %(name)s: %(message)s")
+    start = msgspec.json.decode(sys.stdin.buffer.raw.readline(), type=Start)  # type: ignore[attr-defined]
+    channel = _Channel(start.address)
+    try:
+        engine = Engine(start.settings, wake=channel.wake)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        log.exception("the engine cannot start")
+        channel.send(Fatal(f"{type(error).__name__}: {error}"))
+        time.sleep(0.5)  # let the message leave before the socket goes
+        raise SystemExit(1) from error
+    channel.send(Ready(engine.info))
+    try:
+        _serve(engine, channel)
+    finally:
+        engine.close()
+
+
+def _serve(engine: Engine, channel: _Channel) -> None:
+    stats_due = 0.0
+    while True:
+        commands = channel.receive(0 if engine.has_runnable else int(STATS_INTERVAL_S * 1000))
+        if commands is None:
+            return
+        for command in commands:
+            match command:
+                case Add(request):
+                    engine.add(request)
+                case Abort(request_id):
+                    engine.abort(request_id)
+                case Drop(program_id):
+                    engine.drop_program(program_id)
+        outputs = engine.step()
+        events = engine.take_events()
+        now = time.monotonic()
+        stats = engine.stats() if now >= stats_due else None
+        if stats is not None:
+            stats_due = now + STATS_INTERVAL_S
+        if outputs or events or stats:
+            channel.send(Step(outputs, events, stats))
+
+
+if __name__ == "__main__":
+    main()

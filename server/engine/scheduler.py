@@ -1,0 +1,214 @@
+"""Who runs in the next step, and with how many tokens. Policy only: standard library, no tensors.
+
+Continuous batching without phases: every running sequence gets the tokens it lacks, under one token budget; those that lack
+one token (decodes) come first, so that a long prompt never stalls them. Waiting sequences join by the virtual token counter of
+their tenant (Sheng et al., "Fairness in Serving Large Language Models": input 1, output 2). When blocks run out, the sequence
+that joined last gives all of its blocks back and is computed again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from server.engine.block_manager import BlockManager
+from server.engine.sequence import Sequence, SequenceState
+
+INPUT_PRICE = 1
+OUTPUT_PRICE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Compute tokens ``[start, start + count)`` of the sequence in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's end, and so makes a token."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step's work. ``new_blocks`` have unspecified content and must be zeroed before use."""
+
+    items: list[Scheduled] = field(default_factory=list)
+    new_blocks: list[int] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.count for item in self.items)
+
+
+class Scheduler:
+    """Queues and the policy over them. ``pin`` and ``unpin`` ask the bank for a sequence's program.
+
+    ``pin(sequence)`` sets ``sequence.slot`` and returns True, or returns False when no room can be made now;
+    ``unpin(sequence)`` gives the slot back.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+        pin: Callable[[Sequence], bool],
+        unpin: Callable[[Sequence], None],
+    ) -> None:
+        self.blocks = blocks
+        self.running: list[Sequence] = []
+        self._max_running = max_running
+        self._max_batch_tokens = max_batch_tokens
+        self._pin = pin
+        self._unpin = unpin
+        self._waiting: dict[str, deque[Sequence]] = {}
+        self._served: dict[str, int] = {}
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(queue) for queue in self._waiting.values())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence whose program is at hand."""
+        tenant = sequence.tenant
+        if tenant not in self._waiting:
+            self._lift(tenant)
+        sequence.state = SequenceState.WAITING
+        self._waiting.setdefault(tenant, deque()).append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and give back what it holds."""
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self._dequeue(sequence)
+        sequence.state = SequenceState.FINISHED
+
+    def schedule(self) -> Schedule:
+        """Choose the next step's work and take the blocks for it."""
+        schedule = Schedule()
+        budget = self._max_batch_tokens
+        # Decodes first; a stable sort keeps the order of joining, which is also the order of protection from preemption.
+        for sequence in sorted(self.running, key=lambda item: item.num_tokens - item.num_computed > 1):
+            if sequence.state is not SequenceState.RUNNING or budget == 0:
+                continue
+            count = min(sequence.num_tokens - sequence.num_computed, budget)
+            if self._grow(sequence, count, schedule):
+                schedule.items.append(Scheduled(sequence, sequence.num_computed, count))
+                budget -= count
+        if not schedule.preempted:
+            self._join(schedule, budget)
+        for item in schedule.items:
+            self._charge(item)
+        return schedule
+
+    def _grow(self, sequence: Sequence, count: int, schedule: Schedule) -> bool:
+        """Get blocks for ``count`` more tokens, preempting the youngest until it fits. False: ``sequence`` itself had to go."""
+        missing = self._blocks_for(sequence.num_computed + count) - len(sequence.block_table)
+        while (blocks := self.blocks.allocate(max(missing, 0))) is None:
+            victim = self.running[-1]
+            self._preempt(victim, schedule)
+            if victim is sequence:
+                return False
+        sequence.block_table.extend(blocks)
+        schedule.new_blocks.extend(blocks)
+        return True
+
+    def _preempt(self, sequence: Sequence, schedule: Schedule) -> None:
+        schedule.items = [item for item in schedule.items if item.sequence is not sequence]
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.restart()
+        sequence.state = SequenceState.WAITING
+        self._waiting.setdefault(sequence.tenant, deque()).appendleft(sequence)
+        schedule.preempted.append(sequence)
+        self.num_preemptions += 1
+
+    def _join(self, schedule: Schedule, budget: int) -> None:
+        for sequence in list(self._candidates()):
+            if budget == 0 or len(self.running) >= self._max_running:
+                return
+            cached = self._cached_blocks(sequence)
+            # Room for the whole sequence, so that a joiner does not preempt, or get preempted, at once.
+            need = self._blocks_for(sequence.num_tokens) - len(cached)
+            if need > self.blocks.num_free - self.blocks.num_free_among(cached):
+                return
+            if not self._pin(sequence):
+                continue
+            self._dequeue(sequence)
+            self.blocks.share(cached)
+            sequence.block_table = list(cached)
+            sequence.num_computed = sequence.num_registered = len(cached)
+            sequence.num_computed *= self.blocks.block_size
+            sequence.num_cached = max(sequence.num_cached, min(sequence.num_computed, sequence.num_prompt))
+            sequence.charged = max(sequence.charged, sequence.num_computed)
+            sequence.state = SequenceState.RUNNING
+            self.running.append(sequence)
+            count = min(sequence.num_tokens - sequence.num_computed, budget)
+            self._grow(sequence, count, schedule)
+            schedule.items.append(Scheduled(sequence, sequence.num_computed, count))
+            budget -= count
+
+    def _candidates(self) -> Iterator[Sequence]:
+        """Waiting sequences, the least served tenant first. Within a step a tenant's next one counts as served."""
+        queues = {tenant: deque(queue) for tenant, queue in self._waiting.items()}
+        served = {tenant: self._served[tenant] for tenant in queues}
+        while queues:
+            tenant = min(queues, key=lambda name: (served[name], queues[name][0].order))
+            sequence = queues[tenant].popleft()
+            served[tenant] += sequence.num_tokens * INPUT_PRICE
+            if not queues[tenant]:
+                del queues[tenant]
+            yield sequence
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        if sequence.wants_prompt_logprobs:
+            return []
+        hashes = sequence.full_block_hashes(self.blocks.block_size)
+        # At least one token must be computed: its hidden state makes the next token.
+        usable = (sequence.num_tokens - 1) // self.blocks.block_size
+        return self.blocks.match(hashes[:usable])
+
+    def _charge(self, item: Scheduled) -> None:
+        """Recomputed tokens are free: preemption is the engine's choice, not the tenant's."""
+        sequence, end = item.sequence, item.start + item.count
+        fresh_input = max(0, min(end, sequence.num_prompt) - min(max(sequence.charged, item.start), sequence.num_prompt))
+        price = fresh_input * INPUT_PRICE + (OUTPUT_PRICE if item.samples else 0)
+        sequence.charged = max(sequence.charged, end)
+        self._served[sequence.tenant] = self._served.get(sequence.tenant, 0) + price
+
+    def _lift(self, tenant: str) -> None:
+        """A tenant that was idle starts level with the least served active one: idleness earns no credit."""
+        active = {sequence.tenant for sequence in self.running} | self._waiting.keys()
+        if tenant in active:
+            return
+        level = min((self._served[name] for name in active if name in self._served), default=0)
+        self._served = {name: served for name, served in self._served.items() if name in active or name == tenant}
+        self._served[tenant] = max(self._served.get(tenant, 0), level) if active else 0
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        queue = self._waiting[sequence.tenant]
+        queue.remove(sequence)
+        if not queue:
+            del self._waiting[sequence.tenant]
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        self._unpin(sequence)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.blocks.block_size)
