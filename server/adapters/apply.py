@@ -78,13 +78,13 @@ class StepEdits:
     def linear(self, site: str, in_features: int, out_features: int) -> SiteWork | None:
         """The work at a linear site; None when no program of the step edits it."""
         if site not in self._linear:
-            here = [(resident, start, end, resident.layouts[site]) for resident, start, end in self._runs if site in resident.layouts]
+            here = [
+                (resident, start, end, resident.layouts[site]) for resident, start, end in self._runs if site in resident.layouts
+            ]
             self._linear[site] = self._site_work(here, in_features, out_features) if here else None
         return self._linear[site]
 
-    def _site_work(
-        self, here: list[tuple[Resident, int, int, SiteLayout]], in_features: int, out_features: int
-    ) -> SiteWork:
+    def _site_work(self, here: list[tuple[Resident, int, int, SiteLayout]], in_features: int, out_features: int) -> SiteWork:
         bank = self._bank
         down, up = bank.row_view(in_features), bank.row_view(out_features)
         long_runs, short = [], []
@@ -148,9 +148,7 @@ class StepEdits:
                 program_of_row.append(which)
         device = self._bank.rows.device
         rank_tensor = torch.tensor(ranks)
-        part_program = torch.repeat_interleave(
-            torch.arange(len(distinct)), torch.tensor([down.shape[0] for down, _ in distinct])
-        )
+        part_program = torch.repeat_interleave(torch.arange(len(distinct)), torch.tensor([down.shape[0] for down, _ in distinct]))
         return LowRankRows(
             rows=None if rows == list(range(self._num_rows)) else torch.tensor(rows, device=device),
             down=torch.cat(downs).to(device),

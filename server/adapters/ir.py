@@ -9,18 +9,11 @@ the rank-``r`` term is ``(x @ down.T) @ up``. Scaling is already folded into ``u
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
-
-LOWERING_VERSION = 1
-"""Bumped whenever lowering changes what a program holds; it is part of every program id."""
-
-BASE_PROGRAM = "base"
-"""The program id of the base model itself: no edits, slot 0."""
 
 
 @dataclass(slots=True)
@@ -127,9 +120,3 @@ class Program:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 return f"{site}.{name}"
         return None
-
-
-def program_id(adapters: tuple[tuple[str, float], ...], base_digest: str, version: int = LOWERING_VERSION) -> str:
-    """The identity of everything that changes K/V: sha256 over (ordered (digest, weight), base digest, version)."""
-    text = "\n".join([f"medley-program {version}", base_digest, *(f"{digest} {weight!r}" for digest, weight in adapters)])
-    return hashlib.sha256(text.encode()).hexdigest()

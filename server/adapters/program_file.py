@@ -115,13 +115,6 @@ def write_program(path: Path, program: Program, *, program_id: str, facts: dict[
     os.replace(temporary, path)
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of a program file, without reading its tensors."""
-    with safe_open(path, framework="pt") as file:
-        facts: dict[str, Any] = json.loads(file.metadata()[_METADATA_KEY])["facts"]
-        return facts
-
-
 def read_program(path: Path) -> PackedProgram:
     """Read a program file into memory of its own, so that no later use waits for the disk."""
     with safe_open(path, framework="pt") as file:
@@ -143,7 +136,7 @@ def _loose_fields(edit: Edit) -> Iterable[tuple[str, Tensor]]:
     if isinstance(edit, LinearEdit):
         return [] if edit.dense is None else [("dense", edit.dense)]
     prefix = type(edit).__name__.removesuffix("Edit").lower()
-    names = [name for name in type(edit).__slots__ if getattr(edit, name) is not None]  # type: ignore[attr-defined]
+    names = [name for name in type(edit).__slots__ if getattr(edit, name) is not None]
     return [(f"{prefix}.{name}", getattr(edit, name)) for name in names]
 
 

@@ -64,8 +64,7 @@ class LinearSite(Site):
         add_low_rank(y, rows, work)
         if work.shift is not None:
             shift_rows(y, vectors, work.shift)
-        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
-
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def base(self, x: Tensor, edits: StepEdits) -> Tensor:
         """``base(x)`` for rows ``(N, in)``; what the linear terms are added to."""

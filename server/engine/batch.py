@@ -76,7 +76,9 @@ def pack(schedule: Schedule, block_size: int, device: torch.device) -> Batch:
         positions += range(first, end)
         table = sequence.block_table
         kv_slots += [table[index // block_size] * block_size + index % block_size for index in range(first, end)]
-        token_runs += [(slot, row + start - first, row + stop - first) for slot, start, stop in sequence.slots_between(first, end)]
+        token_runs += [
+            (slot, row + start - first, row + stop - first) for slot, start, stop in sequence.slots_between(first, end)
+        ]
         wanted = _sampled_positions(item)
         sample_runs += [
             (next(sequence.slots_between(index, index + 1))[0], len(sample_rows) + offset, len(sample_rows) + offset + 1)
@@ -123,9 +125,7 @@ def _decode_groups(
         buckets.setdefault((blocks - 1).bit_length(), []).append((row, item))
     for _, members in sorted(buckets.items()):
         longest = max(-(-(item.start + 1) // block_size) for _, item in members)
-        tables = [
-            (item.sequence.block_table + [NULL_BLOCK] * longest)[:longest] for _, item in members
-        ]
+        tables = [(item.sequence.block_table + [NULL_BLOCK] * longest)[:longest] for _, item in members]
         rows = [row for row, _ in members]
         yield DecodeGroup(
             rows=None if rows == list(range(num_rows)) else torch.tensor(rows, device=device),

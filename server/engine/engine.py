@@ -58,9 +58,7 @@ class Engine:
         num_blocks = _num_blocks(settings, base)
         capacity = (num_blocks - 1) * settings.block_size
         self.blocks = BlockManager(num_blocks, settings.block_size, prefix_caching=settings.prefix_caching)
-        self.bank = Bank(
-            base.spec, capacity_bytes=settings.bank_bytes, max_slots=settings.max_slots, dtype=dtype, device=device
-        )
+        self.bank = Bank(base.spec, capacity_bytes=settings.bank_bytes, max_slots=settings.max_slots, dtype=dtype, device=device)
         cache = KVCache(
             num_layers=base.num_layers,
             num_blocks=num_blocks,
@@ -190,7 +188,9 @@ class Engine:
         if not length:
             return RequestError("empty_prompt", "the prompt has no tokens")
         if length >= limit:
-            return RequestError("prompt_too_long", f"the prompt has {length} tokens; with one to generate, at most {limit - 1} fit")
+            return RequestError(
+                "prompt_too_long", f"the prompt has {length} tokens; with one to generate, at most {limit - 1} fit"
+            )
         outside = [token for token in request.prompt_token_ids if not 0 <= token < self.info.vocab_size]
         if outside:
             return RequestError("invalid_token_id", f"token id {outside[0]} is outside the vocabulary of {self.info.vocab_size}")
@@ -220,9 +220,7 @@ class Engine:
             waiting = self._waiting_for_program.pop(loaded.program_id, [])
             problem = self._load_problem(loaded.program.nbytes if loaded.program else None, loaded.problem)
             if problem is None and loaded.program is not None:
-                self._events.append(
-                    ProgramEvent(loaded.program_id, ProgramState.HOST, loaded.program.nbytes, loaded.seconds)
-                )
+                self._events.append(ProgramEvent(loaded.program_id, ProgramState.HOST, loaded.program.nbytes, loaded.seconds))
                 for sequence in waiting:
                     self._route(sequence)
                 continue
@@ -259,9 +257,7 @@ class Engine:
                 self._events.append(ProgramEvent(program_id, state, reason="evicted"))
             if resident is None:
                 return False
-            self._events.append(
-                ProgramEvent(ref.program_id, ProgramState.RESIDENT, resident.nbytes, time.monotonic() - started)
-            )
+            self._events.append(ProgramEvent(ref.program_id, ProgramState.RESIDENT, resident.nbytes, time.monotonic() - started))
         sequence.slot = self.bank.pin(ref.program_id)
         return True
 
@@ -397,7 +393,5 @@ def _num_blocks(settings: EngineSettings, base: BaseModel) -> int:
     longest = min(settings.max_model_len or base.max_positions, base.max_positions)
     useful = settings.max_running * -(-longest // settings.block_size) + 1
     if affordable < 2:
-        raise ValueError(
-            f"kv_cache_bytes={settings.kv_cache_bytes} holds {affordable} blocks of {size} bytes; 2 are the minimum"
-        )
+        raise ValueError(f"kv_cache_bytes={settings.kv_cache_bytes} holds {affordable} blocks of {size} bytes; 2 are the minimum")
     return min(affordable, useful)

@@ -82,11 +82,13 @@ class Loader:
         started = time.monotonic()
         program: PackedProgram | None = None
         try:
-            program, problem = read_program(Path(ref.path)), ""
-            if program.program_id != ref.program_id:
-                program, problem = None, f"the file holds program {program.program_id[:12]}"
+            found, problem = read_program(Path(ref.path)), ""
+            if found.program_id == ref.program_id:
+                program = found
+            else:
+                problem = f"the file holds program {found.program_id[:12]}"
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            program, problem = None, f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error}"
         self._finished.put(Loaded(ref.program_id, program, time.monotonic() - started, problem))
         self._wake()
 

@@ -51,7 +51,7 @@ def load_base(directory: Path, digest: str, dtype: str, device: str) -> BaseMode
     model = AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=DTYPES[dtype], attn_implementation=attention.NAME
     )
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval().to(device)  # type: ignore[no-untyped-call]
     return BaseModel(
         model=model,
         spec=describe(model, digest, dtype),

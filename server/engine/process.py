@@ -25,8 +25,8 @@ class _Channel:
     """The socket to the parent, the pipe that tells of its end, and a pipe by which loader threads wake the loop."""
 
     def __init__(self, address: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PAIR)
-        self._socket.linger = 0
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -62,7 +62,7 @@ class _Channel:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="engine: %(levelname)s %(name)s: %(message)s")
-    start = msgspec.json.decode(sys.stdin.buffer.raw.readline(), type=Start)  # type: ignore[attr-defined]
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     channel = _Channel(start.address)
     try:
         engine = Engine(start.settings, wake=channel.wake)

@@ -76,8 +76,6 @@ def _finite_items(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[bool, .
         return (True,) * len(batch.items)
     finite, row, sample = [], 0, 0
     for item, samples in zip(batch.items, batch.item_samples, strict=True):
-        finite.append(
-            bool(rows[row : row + item.count].all()) and bool(sampled[sample : sample + samples].all())
-        )
+        finite.append(bool(rows[row : row + item.count].all()) and bool(sampled[sample : sample + samples].all()))
         row, sample = row + item.count, sample + samples
     return tuple(finite)

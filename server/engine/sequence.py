@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 
 from server.engine.block_manager import chain_hash, root_hash, switch_hash
-from server.engine.types import ProgramRef, Request
+from server.engine.types import ProgramRef, Request, TokenLogprob
 
 
 class SequenceState(enum.Enum):
@@ -62,7 +62,7 @@ class Sequence:
         self.charged = 0
         self.state = SequenceState.WAITING if request.program.is_base else SequenceState.WAITING_FOR_ADAPTER
         self.random = random.Random(request.params.seed)  # noqa: S311 - sampling, not cryptography
-        self.prompt_logprobs: list[object] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
 
     @property
     def tenant(self) -> str:

@@ -1,0 +1,156 @@
+"""A checkpoint while it is being lowered: which tensor belongs to which site, what was used, and what is wrong so far.
+
+Knows key layouts (formats of PEFT checkpoints), not what any tensor means.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from server.adapters.base_spec import BaseSpec
+from server.adapters.faults import Fault, LoweringError
+
+_LITERAL = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
+_MAX_PATTERNS = 4096
+_MAX_FAULTS = 64
+
+
+class Source:
+    """Config and tensors, grouped by site. ``take`` marks a tensor as used; what is left over at the end is a fault."""
+
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BaseSpec) -> None:
+        self.config = config
+        self._spec = spec
+        self._sites = spec.by_name()
+        self._faults: list[Fault] = []
+        self._by_site: dict[str, dict[str, tuple[str, Tensor]]] = {}
+        self._unmatched: list[str] = []
+        for key, tensor in tensors.items():
+            self._file(key, tensor)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Sites that the checkpoint has tensors for, in the base's order."""
+        return tuple(name for name in self._sites if name in self._by_site)
+
+    def has(self, site: str, tail: str) -> bool:
+        return tail in self._by_site.get(site, {})
+
+    def take(self, site: str, tail: str, shape: tuple[int | None, ...] | None = None) -> Tensor | None:
+        """A site's tensor by the rest of its key, or None. A wrong shape is recorded and gives None too; None in ``shape`` is any size."""
+        found = self._by_site.get(site, {}).pop(tail, None)
+        if found is None:
+            return None
+        key, tensor = found
+        if shape is not None and not _fits(tuple(tensor.shape), shape):
+            expected = "(" + ", ".join("*" if size is None else str(size) for size in shape) + ")"
+            self.fault(
+                "wrong_shape",
+                key,
+                "the tensor does not fit the base model; was it trained on another one?",
+                expected,
+                str(tuple(tensor.shape)),
+            )
+            return None
+        if not tensor.is_floating_point():
+            self.fault("wrong_dtype", key, "the tensor must be floating point", found=str(tensor.dtype))
+            return None
+        return tensor
+
+    def fault(self, code: str, where: str, message: str, expected: str | None = None, found: str | None = None) -> None:
+        self._faults.append(Fault(code, where, message, expected, found))
+
+    def field_fault(self, field: str, message: str, expected: str | None = None) -> None:
+        found = repr(self.config.get(field))
+        self.fault("unsupported_field", f"adapter_config.json: {field}", message, expected, found[:120])
+
+    def stop_if_faulty(self) -> None:
+        """Raise LoweringError with what was found so far, if anything."""
+        if self._faults:
+            raise LoweringError(self._faults[:_MAX_FAULTS])
+
+    def check_fields(self, rules: Mapping[str, Callable[[Any], str | None]]) -> None:
+        """Every field must be known, with an acceptable value. A field that is null or empty, and unknown, says nothing."""
+        for field, value in self.config.items():
+            rule = rules.get(field)
+            if rule is None:
+                if value not in (None, False, "", [], {}):
+                    self.field_fault(
+                        field[:80], "this field is not known for this method, and ignoring it could change the result"
+                    )
+            elif (expected := rule(value)) is not None:
+                self.field_fault(field, "this value is not supported", expected)
+
+    def check_all_used(self) -> None:
+        """A tensor that nothing used would be silently ignored: refuse it."""
+        for key in self._unmatched:
+            self.fault(
+                "unmatched_tensor", key[:200], f"the base model ({self._spec.family}) has no module that this tensor belongs to"
+            )
+        for tails in self._by_site.values():
+            for key, _ in tails.values():
+                self.fault(
+                    "unused_tensor", key[:200], "the method has no use for this tensor, and ignoring it could change the result"
+                )
+
+    def pattern(self, field: str, site: str, default: Any) -> Any:
+        """PEFT's ``rank_pattern``/``alpha_pattern`` rule for one module: the first key that is its path, or a suffix of it at a dot.
+
+        PEFT matches keys as regular expressions. A tenant's expression is never run here: keys must be plain module names.
+        """
+        patterns = self.config.get(field) or {}
+        if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
+            self._pattern_fault(field, f"must be an object of at most {_MAX_PATTERNS} module names")
+            return default
+        path = "." + site
+        for key, value in patterns.items():
+            literal = key.replace("\\.", ".")
+            if not _LITERAL.fullmatch(literal):
+                self._pattern_fault(
+                    field, f"key {key[:80]!r} is not a plain module name; write names such as 'q_proj' or full paths"
+                )
+                return default
+            if path.endswith("." + literal):
+                return value
+        return default
+
+    def _pattern_fault(self, field: str, message: str) -> None:
+        where = f"adapter_config.json: {field}"
+        if not any(fault.where == where for fault in self._faults):
+            self.fault("unsupported_field", where, message)
+
+    def _file(self, key: str, tensor: Tensor) -> None:
+        path = (
+            key.removeprefix("base_model.").removeprefix("model.")
+            if key.startswith("base_model.model.")
+            else key.removeprefix("base_model.")
+        )
+        # Raw state dicts keep the adapter's name, which saved files leave out.
+        path = path.replace(".default.", ".").removesuffix(".default")
+        parts = path.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            site = self._site(".".join(parts[:end]))
+            if site is not None:
+                tails = self._by_site.setdefault(site, {})
+                tail = ".".join(parts[end:])
+                if tail in tails:
+                    self.fault("duplicate_tensor", key[:200], "two tensors stand for the same thing", found=tails[tail][0][:200])
+                tails[tail] = (key, tensor)
+                return
+        self._unmatched.append(key)
+
+    def _site(self, path: str) -> str | None:
+        """A site by its path, also where a headless or a differently wrapped model was trained."""
+        prefix = self._spec.backbone_prefix
+        for candidate in (path, prefix + path, path.removeprefix(prefix)):
+            if candidate in self._sites:
+                return candidate
+        return None
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(want is None or size == want for size, want in zip(shape, expected, strict=True))

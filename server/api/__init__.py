@@ -1,0 +1,1 @@
+"""The HTTP edge: schemas, routes and authentication. Knows the engine only through its client."""

@@ -1,0 +1,200 @@
+"""From a validated call to text: resolve the adapter, run the sequence, turn tokens into text, cut at stop strings.
+
+Shared by all generating routes; knows none of their schemas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from adapter_store.errors import StoreError
+from adapter_store.store import AdapterVersion, Store
+from server.adapters.faults import LoweringError
+from server.adapters.lowerer import LowererClient
+from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable
+from server.engine.types import BASE, EngineInfo, FinishReason, ProgramRef, Request, RequestOutput, SamplingParams, TokenLogprob
+from server.errors import ApiError, from_engine, from_lowering_error, from_store_error
+from server.metrics import Metrics
+from server.tokenizer import Detokenizer, StopText, Tokenizer, TokenizerError
+
+LONG_TEXT = 20_000
+"""Characters from which tokenising leaves the event loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One sequence to generate, whoever asked in whatever schema."""
+
+    tenant: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    program: ProgramRef = BASE
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one engine output adds: text that is safe to show, the tokens behind it, and at the end the reason."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(slots=True)
+class Completion:
+    """A whole result. ``completion_tokens`` counts the tokens made, an end-of-sequence token included."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason = FinishReason.LENGTH
+    stop_token_id: int | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.token_ids) + (self.stop_token_id is not None)
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.stop_token_id = delta.stop_token_id
+
+
+class Generation:
+    """The one path from routes to the engine."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        store: Store,
+        lowerer: LowererClient,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        base_names: Sequence[str],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._engine = engine
+        self._store = store
+        self._lowerer = lowerer
+        self._metrics = metrics
+        self._base_names = frozenset(base_names)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the running engine. Raises ApiError while there is none."""
+        if self._engine.info is None:
+            raise ApiError("engine_unavailable", "the engine has not started yet")
+        return self._engine.info
+
+    async def resolve(self, tenant: str, adapter: str | None) -> tuple[ProgramRef, AdapterVersion | None]:
+        """The program of an adapter name of this tenant, lowered again if its file is gone; the base for none or its own name."""
+        if adapter is None or adapter in self._base_names:
+            return BASE, None
+        try:
+            version = await asyncio.to_thread(self._store.resolve, tenant, adapter)
+            files = await asyncio.to_thread(self._store.files, version)
+            program = await self._lowerer.ensure(version.digest, files["config"], files["weights"])
+        except StoreError as error:
+            raise from_store_error(error) from error
+        except LoweringError as error:
+            raise from_lowering_error(error) from error
+        return ProgramRef(program.program_id, str(program.path)), version
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Tokens of a prompt; long ones off the event loop."""
+        if len(text) < LONG_TEXT:
+            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens))
+
+    async def encode_chat(self, messages: list[dict[str, object]]) -> tuple[int, ...]:
+        """Tokens of a conversation. Raises ApiError when the template refuses it."""
+        try:
+            return tuple(await asyncio.to_thread(self.tokenizer.chat, messages))
+        except TokenizerError as error:
+            raise ApiError("invalid_request", str(error), param="messages") from error
+
+    def check_prompt(self, token_ids: Sequence[int], max_tokens: int | None, param: str) -> int:
+        """How many tokens may be generated after this prompt: ``max_tokens``, or all that fit. Raises ApiError."""
+        limit = self.info.max_model_len
+        if not token_ids:
+            raise ApiError("empty_prompt", "the prompt has no tokens; send some text", param=param)
+        wanted = 1 if max_tokens is None else max_tokens
+        if len(token_ids) + wanted > limit:
+            raise ApiError(
+                "prompt_too_long",
+                f"the prompt has {len(token_ids)} tokens and {wanted} are to be generated, but prompt and output must fit into {limit}; "
+                "shorten the prompt or ask for fewer",
+                param=param,
+            )
+        if (outside := next((token for token in token_ids if not 0 <= token < self.info.vocab_size), None)) is not None:
+            raise ApiError(
+                "invalid_token_id", f"token id {outside} is outside the vocabulary of {self.info.vocab_size}", param=param
+            )
+        return limit - len(token_ids) if max_tokens is None else max_tokens
+
+    async def stream(self, call: Call) -> AsyncIterator[Delta]:
+        """Run a call. The last delta has the finish reason. Raises ApiError, before the first delta or in the middle."""
+        request = Request(secrets.token_hex(16), call.prompt_token_ids, call.params, call.program, call.tenant)
+        text, stop = Detokenizer(self.tokenizer), StopText(call.stop)
+        label = self._metrics.tenant(call.tenant)
+        self._metrics.tokens.labels(label, "input").inc(len(call.prompt_token_ids))
+        last = time.monotonic()
+        is_first = True
+        try:
+            async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    now = time.monotonic()
+                    (self._metrics.first_token if is_first else self._metrics.between_tokens).observe(now - last)
+                    last, is_first = now, False
+                    self._metrics.tokens.labels(label, "output").inc(len(output.token_ids))
+                    delta = self._delta(output, text, stop)
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+        except (EngineOverloaded, EngineUnavailable) as error:
+            refusal = from_engine(error)
+            self._metrics.rejections.labels(refusal.row.code).inc()
+            raise refusal from error
+
+    async def complete(self, call: Call) -> Completion:
+        """Run a call to its end."""
+        completion = Completion()
+        async with aclosing(self.stream(call)) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                completion.add(delta)
+        return completion
+
+    def _delta(self, output: RequestOutput, text: Detokenizer, stop: StopText) -> Delta:
+        if output.error is not None:
+            raise from_engine(output.error)
+        new, stopped = stop.add("".join(text.add(token) for token in output.token_ids))
+        reason = FinishReason.STOP if stopped else output.finish_reason
+        if reason is not None and not stopped:
+            new += stop.flush()
+        return Delta(
+            text=new,
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            num_cached_tokens=output.num_cached_tokens,
+            finish_reason=reason,
+            stop_token_id=output.stop_token_id,
+        )

@@ -1,0 +1,235 @@
+"""Request bodies. Everything is checked here, before any work: types strictly, ranges, sizes, and no unknown fields.
+
+Ranges are those of docs/API.md. Responses are built by the routes that send them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from server.engine.types import SamplingParams
+
+MAX_N = 8
+MAX_PROMPTS = 32
+MAX_STOPS = 4
+
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Prompt = Annotated[str, StringConstraints(max_length=2 << 20)]
+Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+AdapterReference = Annotated[str, StringConstraints(min_length=1, max_length=160)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class GenerateParameters(_Strict):
+    """Parameters of text-generation-inference and LoRAX. Those that are not served must keep their neutral value."""
+
+    adapter_id: AdapterReference | None = None
+    adapter_source: Literal["medley", "local", "hub", "s3", "pbase"] | None = None
+    adapter_parameters: None = None
+    api_token: str | None = None
+    best_of: Literal[1] | None = None
+    temperature: Temperature | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    top_p: Probability | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    typical_p: Literal[1.0] | None = None
+    do_sample: bool = False
+    max_new_tokens: Annotated[int, Field(ge=1, lt=1 << 20)] | None = 20
+    ignore_eos_token: bool = False
+    return_full_text: bool | None = None
+    stop: Annotated[list[StopText], Field(max_length=MAX_STOPS)] = []
+    truncate: Annotated[int, Field(ge=1)] | None = None
+    watermark: Literal[False] = False
+    details: bool = False
+    decoder_input_details: bool = False
+    return_k_alternatives: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_n_tokens: Annotated[int, Field(ge=0, le=20)] | None = None
+    apply_chat_template: bool = False
+    seed: Seed | None = None
+    response_format: None = None
+    schema_: None = Field(default=None, alias="schema")
+    grammar: None = None
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """TGI's rule: greedy unless ``do_sample``, or a sampling parameter that only makes sense with it."""
+        samples = self.do_sample or any(value is not None for value in (self.temperature, self.top_k, self.top_p, self.min_p))
+        temperature = 1.0 if self.temperature is None else self.temperature
+        alternatives = self.top_n_tokens or self.return_k_alternatives or 0
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature if samples else 0.0,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            seed=self.seed,
+            ignore_eos=self.ignore_eos_token,
+            logprobs=alternatives,
+            prompt_logprobs=0 if self.decoder_input_details else None,
+        )
+
+
+class GenerateRequest(_Strict):
+    """``POST /generate`` and ``/generate_stream``."""
+
+    inputs: Prompt
+    parameters: GenerateParameters = Field(default_factory=GenerateParameters)
+    stream: bool = False
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class _OpenAIRequest(_Strict):
+    """What chat and completions share. Fields that only annotate a request are accepted; those that would change the output are refused."""
+
+    model: AdapterReference = "base"
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
+    seed: Seed | None = None
+    # Beyond OpenAI, as in vLLM.
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 20)] = 0
+    # Annotations only.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        return tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
+
+    @model_validator(mode="after")
+    def _check_biases(self) -> _OpenAIRequest:
+        if any(not token.isdigit() or len(token) > 9 for token in self.logit_bias or {}):
+            raise ValueError("logit_bias keys must be token ids")
+        return self
+
+    def _params(self, max_tokens: int, index: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+        """``index`` is the choice's number: a seed makes each choice reproducible, and different."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.biases,
+            seed=None if self.seed is None else self.seed + index,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+class CompletionRequest(_OpenAIRequest):
+    """``POST /v1/completions``. ``prompt``: a text, texts, token ids, or lists of token ids."""
+
+    prompt: (
+        Prompt
+        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 20)] | None = 16
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    def sampling(self, max_tokens: int, index: int) -> SamplingParams:
+        return self._params(max_tokens, index, self.logprobs, self.logprobs if self.echo else None)
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: Prompt
+
+
+class ChatMessage(_Strict):
+    """A message of text. Images, audio and tool calls are not served."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Prompt | Annotated[list[TextPart], Field(max_length=64)]
+    name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Any = None
+
+    def plain(self) -> dict[str, object]:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class TextFormat(_Strict):
+    type: Literal["text"]
+
+
+class ChatRequest(_OpenAIRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=512)]
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 20)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 20)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    # Known to OpenAI, not served: only values that ask for nothing.
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: None = None
+    function_call: None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def sampling(self, max_tokens: int, index: int) -> SamplingParams:
+        return self._params(max_tokens, index, (self.top_logprobs or 0) if self.logprobs else None, None)

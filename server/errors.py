@@ -1,0 +1,187 @@
+"""Every error that a caller can meet: one table code → status → meaning, which also makes docs/ERRORS.md.
+
+ApiError
+├── raised by routes, with a code of TABLE
+├── from_store_error     adapter_store.errors.StoreError
+├── from_lowering_error  server.adapters.faults.LoweringError
+└── from_engine          server.engine.client's exceptions, and errors inside a stream
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from adapter_store.errors import AdapterRejected, StoreError
+from server.adapters.faults import LoweringError
+from server.engine.client import EngineOverloaded, EngineUnavailable
+from server.engine.types import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCode:
+    """One row: ``kind`` is OpenAI's ``type``; ``retry`` says whether the same request may succeed later."""
+
+    code: str
+    status: int
+    kind: str
+    meaning: str
+    retry: bool = False
+
+
+_INVALID, _SERVER = "invalid_request_error", "server_error"
+TABLE = (
+    ErrorCode(
+        "invalid_request", 400, _INVALID, "The body or a parameter is malformed, unknown or out of range; `param` names it."
+    ),
+    ErrorCode(
+        "unsupported_parameter", 400, _INVALID, "The parameter would change the output and is not supported; leave it out."
+    ),
+    ErrorCode("empty_prompt", 400, _INVALID, "The prompt has no tokens."),
+    ErrorCode(
+        "prompt_too_long", 400, _INVALID, "Prompt and output do not fit into the model's length; the message has both numbers."
+    ),
+    ErrorCode("invalid_token_id", 400, _INVALID, "A token id is outside the vocabulary."),
+    ErrorCode("invalid_adapter_name", 400, _INVALID, "Names match [a-z0-9][a-z0-9._-]{0,63}; `base` is reserved."),
+    ErrorCode("missing_api_key", 401, "authentication_error", "Send `Authorization: Bearer KEY`."),
+    ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
+    ErrorCode("not_found", 404, _INVALID, "There is no such route; see docs/API.md."),
+    ErrorCode("adapter_not_found", 404, _INVALID, "No such adapter for this tenant. The same for `not yours` and `not there`."),
+    ErrorCode("method_not_allowed", 405, _INVALID, "The route exists but not with this HTTP method."),
+    ErrorCode("duplicate_request", 409, _INVALID, "A request with this id is already running."),
+    ErrorCode("body_too_large", 413, _INVALID, "The JSON body is over 2 MiB."),
+    ErrorCode("upload_too_large", 413, _INVALID, "The upload is over max_upload_bytes."),
+    ErrorCode("unsupported_encoding", 415, _INVALID, "Compressed request bodies are refused; send them plain."),
+    ErrorCode(
+        "adapter_rejected", 422, _INVALID, "The upload is not a servable adapter; `faults` lists everything that is wrong."
+    ),
+    ErrorCode("validation", 422, _INVALID, "A parameter of /generate is malformed, unknown or out of range."),
+    ErrorCode("program_too_large", 422, _INVALID, "The adapter is larger than what the device's bank may hold."),
+    ErrorCode("overloaded", 429, "rate_limit_error", "The queue is full; wait as long as Retry-After says.", retry=True),
+    ErrorCode("internal_error", 500, _SERVER, "The server failed on this request; its log has the request id."),
+    ErrorCode(
+        "non_finite_output", 500, _SERVER, "The computation overflowed for this adapter and prompt; nobody else was affected."
+    ),
+    ErrorCode("adapter_load_failed", 500, _SERVER, "The adapter's program cannot be loaded; push the adapter again."),
+    ErrorCode("blob_corrupt", 500, _SERVER, "Stored bytes do not match their digest; push the adapter again."),
+    ErrorCode("store_error", 500, _SERVER, "The store failed; the log has the details."),
+    ErrorCode(
+        "illegal_transition", 500, _SERVER, "The residency registry was told something impossible; the log has the details."
+    ),
+    ErrorCode("engine_restarting", 503, _SERVER, "The engine process ended and is being restarted.", retry=True),
+    ErrorCode("engine_unavailable", 503, _SERVER, "No engine can take the request now.", retry=True),
+    ErrorCode("engine_start_failed", 503, _SERVER, "The engine could not be started; the log says why.", retry=True),
+    ErrorCode("server_stopping", 503, _SERVER, "The server is shutting down; another replica can take the request.", retry=True),
+    ErrorCode("store_unavailable", 503, _SERVER, "A store backend cannot be reached.", retry=True),
+    ErrorCode("storage_full", 507, _SERVER, "No space is left for uploads."),
+)
+CODES = {row.code: row for row in TABLE}
+FAULTS = {
+    "bad_archive": "The zip or tar cannot be read, or holds what no adapter holds (links, other paths, bombs).",
+    "corrupt_safetensors": "The file is truncated, damaged, not safetensors, or a pickle in disguise.",
+    "duplicate_file": "The upload holds a file twice.",
+    "duplicate_tensor": "Two keys stand for the same tensor.",
+    "empty_adapter": "Nothing in the adapter changes the base model.",
+    "invalid_config": "adapter_config.json is not strict JSON, too deep, too large, or names code.",
+    "lowering_crashed": "The lowering process died on this adapter.",
+    "lowering_failed": "The adapter has a fault that has no name yet.",
+    "lowering_timeout": "Lowering took too long.",
+    "missing_file": "adapter_config.json or adapter_model.safetensors is missing.",
+    "missing_tensor": "A tensor that belongs to a pair or group is missing.",
+    "mixed_upload": "Archive and single files came together.",
+    "no_tensors": "The safetensors file is empty.",
+    "non_finite": "The lowered adapter overflows in the base's precision.",
+    "non_finite_tensor": "A tensor holds NaN or infinity.",
+    "program_too_large": "The lowered adapter is over the byte budget.",
+    "unmatched_tensor": "The base model has no module for a tensor.",
+    "unsupported_field": "A config field has a value that is not served.",
+    "unsupported_method": "The PEFT method is not served.",
+    "unused_tensor": "The method has no use for a tensor.",
+    "wrong_dtype": "A tensor has a dtype that the method cannot have.",
+    "wrong_module": "A tensor stands at a module where it is not defined.",
+    "wrong_rank": "Tensors, or tensors and config, disagree on the rank.",
+    "wrong_shape": "A tensor does not fit the base model.",
+}
+"""Reasons inside ``adapter_rejected``, as ``faults[].code``."""
+
+
+class ApiError(Exception):
+    """An error on its way to the caller. ``message`` is fit for them: no paths, no traces, nobody else's names."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        faults: Sequence[Any] = (),
+    ) -> None:
+        super().__init__(message)
+        self.row = CODES[code]
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s if retry_after_s is not None else (1.0 if self.row.retry else None)
+        self.faults = [asdict(fault) for fault in faults]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Retry hints that the OpenAI SDK and others obey."""
+        if self.retry_after_s is None:
+            return {"x-should-retry": "false"}
+        seconds = max(1, round(self.retry_after_s + 0.5))
+        return {"retry-after": str(seconds), "retry-after-ms": str(int(self.retry_after_s * 1000)), "x-should-retry": "true"}
+
+    def openai_body(self) -> dict[str, Any]:
+        """``{"error": {message, type, param, code}}``; with ``faults`` for rejected adapters."""
+        error: dict[str, Any] = {"message": self.message, "type": self.row.kind, "param": self.param, "code": self.row.code}
+        if self.faults:
+            error["faults"] = self.faults
+        return {"error": error}
+
+    def tgi_body(self) -> dict[str, Any]:
+        """The shape of text-generation-inference and LoRAX clients."""
+        return {"error": self.message, "error_type": _TGI_TYPES.get(self.row.code, "generation"), "code": self.row.code}
+
+
+_TGI_TYPES = dict.fromkeys(
+    (
+        "validation",
+        "invalid_request",
+        "empty_prompt",
+        "prompt_too_long",
+        "adapter_not_found",
+        "invalid_adapter_name",
+        "unsupported_parameter",
+    ),
+    "validation",
+) | {"overloaded": "overloaded"}
+
+
+def from_store_error(error: StoreError) -> ApiError:
+    """A store error, as the caller should see it."""
+    if isinstance(error, AdapterRejected):
+        return _rejected(error.faults)
+    code = error.code if error.code in CODES else "store_error"
+    message = str(error) if CODES[code].status < 500 else CODES[code].meaning
+    return ApiError(code, message)
+
+
+def from_lowering_error(error: LoweringError) -> ApiError:
+    return _rejected(error.faults)
+
+
+def from_engine(error: EngineOverloaded | EngineUnavailable | RequestError) -> ApiError:
+    """What the engine client raised, or what ended a stream."""
+    if isinstance(error, EngineOverloaded):
+        return ApiError("overloaded", str(error), retry_after_s=error.retry_after_s)
+    if isinstance(error, EngineUnavailable):
+        return ApiError(error.code, CODES[error.code].meaning)
+    return ApiError(error.code if error.code in CODES else "internal_error", error.message)
+
+
+def _rejected(faults: Sequence[Any]) -> ApiError:
+    first = faults[0]
+    more = f" (and {len(faults) - 1} more; see faults)" if len(faults) > 1 else ""
+    return ApiError("adapter_rejected", f"the adapter cannot be served: {first.where}: {first.message}{more}", faults=faults)

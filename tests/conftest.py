@@ -1,0 +1,39 @@
+"""What many tests share: tiny models, made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+import transformers
+
+from tests.tiny import make_tiny
+
+TinyModels = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_single_thread() -> None:
+    """Two tests beside each other are faster than one with two threads."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """family → directory of a tiny random fp32 model, made on first use."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_tiny(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return get
