@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     log.info("listening on http://%s:%d once the model is loaded", settings.host, settings.port)
     server = _Server(config, services)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # uvicorn raises the signal again once it has stopped; a stop that was asked for is a success.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: sys.exit(0))
     server.run()
     return 0 if server.started else 1
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.adapters.base_spec import describe
 from server.adapters.faults import Fault, LoweringError
-from server.adapters.ir import Program
+from server.adapters.ir import LinearEdit, Program
 from server.adapters.lower import lower
 from server.adapters.lower.base import Base, BaseWeights
 from server.adapters.lowerer import Done, Job, Start
@@ -82,7 +82,9 @@ def _lower(job: Job, base: Base, max_bytes: int) -> Done:
 
 def _facts(config: Mapping[str, Any], program: Program, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What users want to know of an adapter."""
-    ranks = sorted({edit.rank for edits in program.edits.values() for edit in edits if getattr(edit, "rank", 0)})
+    ranks = sorted(
+        {edit.rank for edits in program.edits.values() for edit in edits if isinstance(edit, LinearEdit) and edit.rank}
+    )
     return {
         "method": config["peft_type"],
         "rank": max(ranks, default=0),

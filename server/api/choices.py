@@ -100,7 +100,7 @@ class ChatRenderer:
     def parts(self, index: int, choice: Choice, delta: Delta, so_far: Completion, is_first: bool) -> Iterator[dict[str, Any]]:
         if is_first:
             yield {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
-        if delta.text or delta.token_ids:
+        if delta.text or (self._logprobs and delta.token_ids):
             shown = {"content": delta.text}
             yield {"index": index, "delta": shown, "finish_reason": None, "logprobs": self._show(delta.logprobs)}
         if delta.finish_reason is not None:

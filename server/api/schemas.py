@@ -44,7 +44,7 @@ class GenerateParameters(_Strict):
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     top_p: Probability | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    typical_p: Literal[1.0] | None = None
+    typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
     do_sample: bool = False
     max_new_tokens: Annotated[int, Field(ge=1, lt=1 << 20)] | None = 20
     ignore_eos_token: bool = False

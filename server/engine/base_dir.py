@@ -123,10 +123,11 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     old = loaded.config
     copied = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    kept = {
+    kept: dict[str, Any] = {
         name: getattr(old, name) for name in (*copied, "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     }
-    model = LlamaForCausalLM(LlamaConfig(**kept, tie_word_embeddings=True, **_DEFAULT_FACTS))
+    kept |= _DEFAULT_FACTS
+    model = LlamaForCausalLM(LlamaConfig(**kept, tie_word_embeddings=True))
     model.load_state_dict(loaded.state_dict())
     model.to(torch.bfloat16).save_pretrained(target)  # type: ignore[arg-type]
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
