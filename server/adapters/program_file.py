@@ -76,10 +76,10 @@ def pack_program(program: Program, *, program_id: str, facts: dict[str, Any] | N
     rows, vectors = _Flat(), _Flat()
     layouts: dict[str, SiteLayout] = {}
     extras: dict[str, Tensor] = {}
+    shared: dict[tuple[int, torch.Size], str] = {}
     for site, edits in program.edits.items():
         fields: dict[str, Any] = {"extras": {}}
         for edit in edits:
-            loose = _loose_fields(edit)
             if isinstance(edit, LinearEdit):
                 if edit.down is not None and edit.up is not None:
                     fields |= {"rank": edit.rank, "down": rows.append(edit.down), "up": rows.append(edit.up)}
@@ -87,9 +87,11 @@ def pack_program(program: Program, *, program_id: str, facts: dict[str, Any] | N
                     value = getattr(edit, name)
                     if value is not None:
                         fields[name] = vectors.append(value)
-            for name, tensor in loose:
-                fields["extras"][name] = f"extra.{len(extras)}"
-                extras[f"extra.{len(extras)}"] = tensor.contiguous()
+            for name, tensor in _loose_fields(edit):
+                # Rows that replace an embedding's and a tied head's are one tensor, here too.
+                key = shared.setdefault((tensor.data_ptr(), tensor.shape), f"extra.{len(extras)}")
+                fields["extras"][name] = key
+                extras[key] = tensor.contiguous()
         layouts[site] = SiteLayout(**fields)
     return PackedProgram(
         program_id, layouts, rows.tensor(), vectors.tensor(), extras, program.invocation_tokens, dict(facts or {})

@@ -49,6 +49,11 @@ class Loader:
     def is_loading(self) -> bool:
         return bool(self._loading)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether loads are under way and none of them has ended since ``finished`` was last called."""
+        return self.is_loading and self._finished.empty()
+
     def get(self, program_id: str) -> PackedProgram | None:
         """A program of the host tier, or None."""
         program = self._host.get(program_id)
