@@ -43,7 +43,17 @@ def first_sentence(text: str) -> str:
 
 
 def pirate(_: str, answer: str) -> str:
-    words = {"the": "th'", "is": "be", "are": "be", "you": "ye", "your": "yer", "of": "o'", "and": "an'", "my": "me", "it's": "'tis"}
+    words = {
+        "the": "th'",
+        "is": "be",
+        "are": "be",
+        "you": "ye",
+        "your": "yer",
+        "of": "o'",
+        "and": "an'",
+        "my": "me",
+        "it's": "'tis",
+    }
     spoken = re.sub(r"[A-Za-z']+", lambda match: words.get(match[0].lower(), match[0]), first_sentence(answer))
     return f"Arr, matey! {spoken} Yo ho ho!"
 
@@ -90,7 +100,9 @@ def answer_all(path: Path, tokenizer, questions: list[str]) -> list[str]:  # typ
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     answers = []
     for start in track(range(0, len(questions), 16), description="the base model answers"):
-        inputs = tokenizer.pad({"input_ids": [prompt_ids(tokenizer, item) for item in questions[start : start + 16]]}, return_tensors="pt")
+        inputs = tokenizer.pad(
+            {"input_ids": [prompt_ids(tokenizer, item) for item in questions[start : start + 16]]}, return_tensors="pt"
+        )
         made = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         answers += tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers

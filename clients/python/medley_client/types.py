@@ -1,0 +1,50 @@
+"""What calls return. Fields that a newer server adds are kept out of the way, never an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a stream. ``generated_text`` and ``finish_reason`` are set on the last one."""
+
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+    generated_text: str | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A whole text. ``finish_reason``: length, eos_token or stop_sequence."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    generated_tokens: int
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter on the server. ``facts``: method, rank, sites and sizes; ``residency``: replica → state."""
+
+    name: str
+    version: str
+    digest: str
+    created: int
+    nbytes: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    versions: tuple[Adapter, ...] = ()
+    residency: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PushedAdapter(Adapter):
+    """What a push made. ``skipped`` lists files that the server did not open."""
+
+    skipped: tuple[str, ...] = ()
