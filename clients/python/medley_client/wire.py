@@ -86,7 +86,7 @@ def read_error(status: int, text: str, headers: Mapping[str, str]) -> ApiError:
     if isinstance(error, str):
         return ApiError(error, status=status, code=str(body.get("code", "")), request_id=request_id)
     known = Fault.__slots__
-    faults = [Fault(**{name: fault.get(name) for name in known}) for fault in error.get("faults", ())]  # type: ignore[attr-defined]
+    faults = [Fault(**{name: fault.get(name) for name in known}) for fault in error.get("faults", ())]
     return ApiError(error.get("message", ""), status=status, code=error.get("code") or "", faults=faults, request_id=request_id)
 
 
