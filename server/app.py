@@ -163,6 +163,7 @@ def _engine_settings(settings: Settings, base: BaseDir, dtype: str) -> EngineSet
         host_bytes=settings.host_bytes,
         threads=settings.threads,
         prefix_caching=settings.prefix_caching,
+        kernel_dir=str(settings.data_dir / "kernels"),
     )
 
 

@@ -7,25 +7,25 @@ of the time; the index tensors of a site are made on its first use.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from server.adapters.bank import Bank, Resident
-from server.adapters.kernels import LowRankRows, lowrank_concat, lowrank_gather
+from server.adapters.kernels import Kernel, LowRankRows, lowrank_concat, lowrank_gather
 from server.adapters.program_file import SiteLayout
 
 Run = tuple[int, int, int]
 """Rows ``[start, end)`` belong to ``slot``: (slot, start, end)."""
 
 LONG_RUN = 16
-"""From this many rows on, a run is worth products of its own."""
+LONG_RUN_NATIVE = 64
+"""From this many rows on, a run is worth matrix products of its own; with a kernel that takes all rows, later."""
 CONCAT_MAX_RANK = 160
 """Up to this sum of distinct ranks, one dense product over all programs beats gathering per row."""
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, LowRankRows], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class StepEdits:
     def __init__(self, bank: Bank, runs: Sequence[Run], kernel: Kernel | None = None) -> None:
         self._bank = bank
         self._kernel = kernel
+        self._long_run = LONG_RUN if kernel is None else LONG_RUN_NATIVE
         self._runs = [(bank.resident(slot), start, end) for slot, start, end in runs if slot]
         self._num_rows = max((end for _, _, end in runs), default=0)
         self._linear: dict[str, SiteWork | None] = {}
@@ -91,7 +92,7 @@ class StepEdits:
         for resident, start, end, layout in here:
             if not layout.rank:
                 continue
-            if end - start >= LONG_RUN or down is None or up is None:
+            if end - start >= self._long_run or down is None or up is None:
                 first, second = resident.rows_offset + layout.down, resident.rows_offset + layout.up
                 matrices = (
                     bank.rows[first : first + layout.rank * in_features].view(layout.rank, in_features),
@@ -148,13 +149,17 @@ class StepEdits:
                 program_of_row.append(which)
         device = self._bank.rows.device
         rank_tensor = torch.tensor(ranks)
+        offsets = torch.cumsum(rank_tensor, 0) - rank_tensor
         part_program = torch.repeat_interleave(torch.arange(len(distinct)), torch.tensor([down.shape[0] for down, _ in distinct]))
         return LowRankRows(
             rows=None if rows == list(range(self._num_rows)) else torch.tensor(rows, device=device),
             down=torch.cat(downs).to(device),
             up=torch.cat(ups).to(device),
             owner=torch.repeat_interleave(torch.arange(len(rows)), rank_tensor).to(device),
-            offsets=(torch.cumsum(rank_tensor, 0) - rank_tensor).to(device),
+            offsets=offsets.to(device),
+            first_down=torch.cat(downs)[offsets].to(device),
+            first_up=torch.cat(ups)[offsets].to(device),
+            ranks=rank_tensor.to(device),
             distinct_down=torch.cat([down for down, _ in distinct]).to(device),
             distinct_up=torch.cat([up for _, up in distinct]).to(device),
             member=(torch.tensor(program_of_row)[:, None] == part_program).to(device),
@@ -233,7 +238,6 @@ def _take(vectors: Tensor, work: VectorRows, width: int) -> Tensor:
 
 __all__ = [
     "EditCache",
-    "Kernel",
     "Run",
     "SiteWork",
     "StepEdits",

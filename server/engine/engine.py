@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from server.adapters.apply import Kernel
 from server.adapters.bank import Bank
+from server.adapters.kernels import Kernel, load_native
 from server.engine.batch import Batch, pack
 from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import KVCache
@@ -88,6 +88,8 @@ class Engine:
             base_spec=base.spec.to_json(),
         )
         self._device = device
+        if kernel is None and settings.kernel_dir:
+            kernel = load_native(Path(settings.kernel_dir), dtype, device)
         self._runner = Runner(base, cache, self.bank, kernel=kernel)
         self._sequences: dict[str, Sequence] = {}
         self._waiting_for_program: dict[str, list[Sequence]] = {}

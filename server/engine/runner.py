@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.adapters.apply import EditCache, Kernel
+from server.adapters.apply import EditCache
 from server.adapters.bank import Bank
+from server.adapters.kernels import Kernel
 from server.adapters.sites import SiteState, attach
 from server.engine.attention import AttentionState
 from server.engine.batch import Batch

@@ -11,7 +11,7 @@ class EngineSettings:
 
     ``max_batch_tokens`` bounds the tokens of one step, ``max_running`` the sequences in it, ``max_waiting`` the queue before
     it. ``bank_bytes`` bounds resident programs on the device, ``host_bytes`` those kept ready in host memory.
-    ``threads`` 0 leaves the choice to PyTorch.
+    ``threads`` 0 leaves the choice to PyTorch. ``kernel_dir`` keeps compiled kernels; empty: none are built.
     """
 
     model_dir: str
@@ -30,3 +30,4 @@ class EngineSettings:
     max_slots: int = 256
     threads: int = 0
     prefix_caching: bool = True
+    kernel_dir: str = ""

@@ -7,6 +7,7 @@ are finite, so that a row's NaN stays its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 class LowRankRows:
     """Which arena rows act on which input rows, at one site.
 
-    ``rows (B,)`` are the input rows with a program here, None when they are all of ``x`` in order. Input row ``b`` uses arena rows
-    ``down[offsets[b]:offsets[b + 1]]`` and the same of ``up``; ``owner`` repeats ``b`` for each. ``distinct_down``/``distinct_up (R,)`` list every program's
-    arena rows once, and ``member (B, R)`` says which of those belong to row ``b``. ``rank`` is the rank shared by all rows, 0 when they differ.
+    ``rows (B,)`` are the input rows with a program here, None when they are all of ``x`` in order. Input row ``b`` uses the
+    ``ranks[b]`` arena rows from ``first_down[b]`` and ``first_up[b]`` on. The same spelt out, for kernels that gather: arena rows
+    ``down[offsets[b]:offsets[b + 1]]``, and ``owner`` repeats ``b`` for each. ``distinct_down``/``distinct_up (R,)`` list every
+    program's arena rows once, and ``member (B, R)`` says which of them belong to row ``b``. ``rank`` is the rank that all rows
+    share, 0 when they differ.
     """
 
     rows: Tensor | None
@@ -28,10 +31,16 @@ class LowRankRows:
     up: Tensor
     owner: Tensor
     offsets: Tensor
+    first_down: Tensor
+    first_up: Tensor
+    ranks: Tensor
     distinct_down: Tensor
     distinct_up: Tensor
     member: Tensor
     rank: int
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, LowRankRows], None]
 
 
 def lowrank_reference(y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: LowRankRows) -> None:
@@ -48,7 +57,7 @@ def lowrank_gather(y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: LowRan
     chosen = x if index.rows is None else x.index_select(0, index.rows)
     gathered = down.index_select(0, index.down)
     if index.rank:
-        inner = (gathered.view(-1, index.rank, x.shape[1]) * chosen.unsqueeze(1)).sum(-1).view(-1)
+        inner = torch.bmm(gathered.view(-1, index.rank, x.shape[1]), chosen.unsqueeze(2)).view(-1)
     else:
         inner = (gathered * chosen.index_select(0, index.owner)).sum(-1)
     delta = F.embedding_bag(index.up, up, index.offsets, mode="sum", per_sample_weights=inner)

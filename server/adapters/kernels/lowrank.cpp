@@ -1,0 +1,102 @@
+// The low-rank term for rows of many programs, read from the arena in place: y[row] += (x[row] . down^T) . up.
+//
+// Built by native.py with the machine's own compiler; fp32 and bf16, accumulated in fp32. Rows are independent, so that a row's
+// NaN stays its own. OpenMP symbols come from the runtime that PyTorch has already loaded.
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float widen(float value) { return value; }
+inline float widen(BFloat16 value) {
+    uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+inline void narrow(float value, float* out) { *out = value; }
+inline void narrow(float value, BFloat16* out) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    // Round to nearest even, as PyTorch does.
+    out->bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <typename T>
+void one_row(const T* down, const T* up, const T* x, T* y, int64_t in, int64_t out, int64_t rank, std::vector<float>& scratch) {
+    scratch.resize(in + out + rank);
+    float* wide = scratch.data();
+    float* sum = wide + in;
+    float* inner = sum + out;
+#pragma omp simd
+    for (int64_t i = 0; i < in; ++i) wide[i] = widen(x[i]);
+    int64_t j = 0;
+    for (; j + 4 <= rank; j += 4) {
+        const T *a = down + j * in, *b = a + in, *c = b + in, *d = c + in;
+        float sa = 0, sb = 0, sc = 0, sd = 0;
+#pragma omp simd reduction(+ : sa, sb, sc, sd)
+        for (int64_t i = 0; i < in; ++i) {
+            sa += widen(a[i]) * wide[i];
+            sb += widen(b[i]) * wide[i];
+            sc += widen(c[i]) * wide[i];
+            sd += widen(d[i]) * wide[i];
+        }
+        inner[j] = sa, inner[j + 1] = sb, inner[j + 2] = sc, inner[j + 3] = sd;
+    }
+    for (; j < rank; ++j) {
+        float s = 0;
+#pragma omp simd reduction(+ : s)
+        for (int64_t i = 0; i < in; ++i) s += widen(down[j * in + i]) * wide[i];
+        inner[j] = s;
+    }
+    for (int64_t o = 0; o < out; ++o) sum[o] = 0;
+    for (j = 0; j + 4 <= rank; j += 4) {
+        const T *a = up + j * out, *b = a + out, *c = b + out, *d = c + out;
+        const float sa = inner[j], sb = inner[j + 1], sc = inner[j + 2], sd = inner[j + 3];
+#pragma omp simd
+        for (int64_t o = 0; o < out; ++o)
+            sum[o] += sa * widen(a[o]) + sb * widen(b[o]) + sc * widen(c[o]) + sd * widen(d[o]);
+    }
+    for (; j < rank; ++j) {
+        const float s = inner[j];
+#pragma omp simd
+        for (int64_t o = 0; o < out; ++o) sum[o] += s * widen(up[j * out + o]);
+    }
+#pragma omp simd
+    for (int64_t o = 0; o < out; ++o) narrow(widen(y[o]) + sum[o], y + o);
+}
+
+template <typename T>
+void all_rows(const T* arena, const T* x, T* y, int64_t count, int64_t in, int64_t out, const int64_t* rows, const int64_t* down,
+              const int64_t* up, const int64_t* rank) {
+#pragma omp parallel if (count > 1)
+    {
+        std::vector<float> scratch;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = rows ? rows[i] : i;
+            one_row(arena + down[i] * in, arena + up[i] * out, x + row * in, y + row * out, in, out, rank[i], scratch);
+        }
+    }
+}
+
+}  // namespace
+
+// Row i of the count rows is rows[i] of x (count, in) and y (count, out), both contiguous; down[i] and up[i] are its first arena
+// rows, rank[i] how many. rows may be null: all rows in order.
+extern "C" void lowrank_f32(const float* arena, const float* x, float* y, int64_t count, int64_t in, int64_t out, const int64_t* rows,
+                            const int64_t* down, const int64_t* up, const int64_t* rank) {
+    all_rows(arena, x, y, count, in, out, rows, down, up, rank);
+}
+
+extern "C" void lowrank_bf16(const void* arena, const void* x, void* y, int64_t count, int64_t in, int64_t out, const int64_t* rows,
+                             const int64_t* down, const int64_t* up, const int64_t* rank) {
+    all_rows(static_cast<const BFloat16*>(arena), static_cast<const BFloat16*>(x), static_cast<BFloat16*>(y), count, in, out, rows,
+             down, up, rank);
+}
