@@ -27,7 +27,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml clients/python/pyproject.toml
 setup: $(VENV)/.ready .venv-clients/.ready ## make the virtual environments
 
 demo: $(VENV)/.ready ## serve the real base model with example adapters, side by side (EXIT=1: check and stop)
-	@$(BIN)/python examples/demo.py $(if $(EXIT),--exit)
+	@$(BIN)/python -m examples.demo $(if $(EXIT),--exit)
 
 serve: $(VENV)/.ready ## start the server on 127.0.0.1:8000
 	@$(BIN)/medley serve
