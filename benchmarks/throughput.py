@@ -44,9 +44,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         console.print(f"{os.cpu_count()} cores, {dtype}, load average {os.getloadavg()[0]:.1f}")
         adapters = write_adapters(base.path, Path(scratch), max(VARIANTS))
-        runs = {("medley", name): found for name, found in measure_medley(Path(scratch), adapters, base.path, dtype, arguments.repeats).items()}
+        runs = {
+            ("medley", name): found
+            for name, found in measure_medley(Path(scratch), adapters, base.path, dtype, arguments.repeats).items()
+        }
         console.print("peft (a few minutes)")
-        runs |= {("peft", name): found for name, found in measure_peft(base.path, Path(scratch), dtype, arguments.peft_repeats).items()}
+        runs |= {
+            ("peft", name): found for name, found in measure_peft(base.path, Path(scratch), dtype, arguments.peft_repeats).items()
+        }
     rows = [summary(engine, variant, found, statistics.median(runs[engine, "base"])) for (engine, variant), found in runs.items()]
     OUT.mkdir(exist_ok=True)
     (OUT / "throughput.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -66,7 +71,9 @@ def measure_medley(scratch: Path, adapters: list[Path], base: Path, dtype: str, 
         for repeat in track(range(repeats), description="medley"):
             for count in VARIANTS:
                 seed = repeat * 10 + count * 1000
-                runs.setdefault(str(count) if count else "base", []).append(tokens_per_second(url, prompts(vocab, seed=seed), names[:count]))
+                runs.setdefault(str(count) if count else "base", []).append(
+                    tokens_per_second(url, prompts(vocab, seed=seed), names[:count])
+                )
     return runs
 
 
@@ -93,11 +100,18 @@ def summary(engine: str, variant: str, runs: list[float], base: float) -> dict[s
 
 def table(rows: list[dict[str, Any]]) -> Table:
     peft = {row["variant"]: row["tokens_per_s"] for row in rows if row["engine"] == "peft"}
-    made = Table("engine", "adapters", "tokens/s", "of own base", "spread", "times peft", title="W1: 32 x (64 + 64) tokens, greedy")
+    made = Table(
+        "engine", "adapters", "tokens/s", "of own base", "spread", "times peft", title="W1: 32 x (64 + 64) tokens, greedy"
+    )
     for row in rows:
         times = row["tokens_per_s"] / peft[row["variant"]]
         made.add_row(
-            row["engine"], row["variant"], f"{row['tokens_per_s']:.1f}", f"{row['ratio_to_base']:.2f}", f"{row['spread']:.0%}", f"{times:.1f}x"
+            row["engine"],
+            row["variant"],
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['ratio_to_base']:.2f}",
+            f"{row['spread']:.0%}",
+            f"{times:.1f}x",
         )
     return made
 

@@ -1,6 +1,6 @@
 """PEFT's mixed batches on the same work: ``generate`` with ``adapter_names``, in a process of its own.
 
-    python -m benchmarks.with_peft BASE ADAPTERS DTYPE REPEATS   prints one JSON object {variant: [tokens/s, …]}
+python -m benchmarks.with_peft BASE ADAPTERS DTYPE REPEATS   prints one JSON object {variant: [tokens/s, …]}
 """
 
 from __future__ import annotations

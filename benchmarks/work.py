@@ -46,7 +46,14 @@ def write_adapters(base: Path, directory: Path, count: int) -> list[Path]:
         path.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / "adapter_model.safetensors")
         names = sorted({name.rpartition(".")[2] for name in shapes})
-        settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": names, "bias": "none", "task_type": "CAUSAL_LM"}
+        settings = {
+            "peft_type": "LORA",
+            "r": RANK,
+            "lora_alpha": RANK,
+            "target_modules": names,
+            "bias": "none",
+            "task_type": "CAUSAL_LM",
+        }
         (path / "adapter_config.json").write_text(json.dumps(settings))
         made.append(path)
     return made

@@ -113,7 +113,9 @@ def main() -> int:
             with Medley(url) as client:
                 for name in TRAITS:
                     pushed = client.adapters.push(HERE / "adapters" / name, name)
-                    console.print(f"pushed {pushed.name}@{pushed.version}: {pushed.facts['method']}, {pushed.nbytes / 1024:.0f} KiB")
+                    console.print(
+                        f"pushed {pushed.name}@{pushed.version}: {pushed.facts['method']}, {pushed.nbytes / 1024:.0f} KiB"
+                    )
             names: list[str | None] = [None, *TRAITS]
             waited = time.monotonic() - started
             answers = asyncio.run(ask_all(url, names))
@@ -123,7 +125,9 @@ def main() -> int:
             body = json.dumps({"inputs": QUESTION, "parameters": {"adapter_id": "pirate", "apply_chat_template": True}})
             console.print("\ntry it:", style="bold")
             console.print(f"  curl {url}/generate -H 'content-type: application/json' -d '{body}'", markup=False, soft_wrap=True)
-            console.print(f"  MEDLEY_URL={url} .venv/bin/medley generate '{QUESTION}' --adapter pirate\nserving; Ctrl-C stops", markup=False)
+            console.print(
+                f"  MEDLEY_URL={url} .venv/bin/medley generate '{QUESTION}' --adapter pirate\nserving; Ctrl-C stops", markup=False
+            )
             while True:
                 time.sleep(3600)
     except ServerFailed as error:

@@ -27,7 +27,6 @@ CONCAT_MAX_RANK = 160
 """Up to this sum of distinct ranks, one dense product over all programs beats gathering per row."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class VectorRows:
     """The vector at element ``index[i]`` of the arena acts on ``rows[i]``; ``rows`` None: on all rows in order."""

@@ -73,7 +73,7 @@ void one_row(const T* down, const T* up, const T* x, T* y, int64_t in, int64_t o
 }
 
 template <typename T>
-void all_rows(const T* arena, const T* x, T* y, int64_t count, int64_t in, int64_t out, const int64_t* rows, const int64_t* down,
+void all_rows(const T* downs, const T* ups, const T* x, T* y, int64_t count, int64_t in, int64_t out, const int64_t* rows, const int64_t* down,
               const int64_t* up, const int64_t* rank) {
 #pragma omp parallel if (count > 1)
     {
@@ -81,22 +81,22 @@ void all_rows(const T* arena, const T* x, T* y, int64_t count, int64_t in, int64
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) {
             const int64_t row = rows ? rows[i] : i;
-            one_row(arena + down[i] * in, arena + up[i] * out, x + row * in, y + row * out, in, out, rank[i], scratch);
+            one_row(downs + down[i] * in, ups + up[i] * out, x + row * in, y + row * out, in, out, rank[i], scratch);
         }
     }
 }
 
 }  // namespace
 
-// Row i of the count rows is rows[i] of x (count, in) and y (count, out), both contiguous; down[i] and up[i] are its first arena
-// rows, rank[i] how many. rows may be null: all rows in order.
-extern "C" void lowrank_f32(const float* arena, const float* x, float* y, int64_t count, int64_t in, int64_t out, const int64_t* rows,
+// Row i of the count rows is rows[i] of x (count, in) and y (count, out), both contiguous; down[i] and up[i] are its first rows of
+// downs (n, in) and ups (m, out), which are the arena read twice; rank[i] is how many. rows may be null: all rows in order.
+extern "C" void lowrank_f32(const float* downs, const float* ups, const float* x, float* y, int64_t count, int64_t in, int64_t out, const int64_t* rows,
                             const int64_t* down, const int64_t* up, const int64_t* rank) {
-    all_rows(arena, x, y, count, in, out, rows, down, up, rank);
+    all_rows(downs, ups, x, y, count, in, out, rows, down, up, rank);
 }
 
-extern "C" void lowrank_bf16(const void* arena, const void* x, void* y, int64_t count, int64_t in, int64_t out, const int64_t* rows,
+extern "C" void lowrank_bf16(const void* downs, const void* ups, const void* x, void* y, int64_t count, int64_t in, int64_t out, const int64_t* rows,
                              const int64_t* down, const int64_t* up, const int64_t* rank) {
-    all_rows(static_cast<const BFloat16*>(arena), static_cast<const BFloat16*>(x), static_cast<BFloat16*>(y), count, in, out, rows,
+    all_rows(static_cast<const BFloat16*>(downs), static_cast<const BFloat16*>(ups), static_cast<const BFloat16*>(x), static_cast<BFloat16*>(y), count, in, out, rows,
              down, up, rank);
 }

@@ -31,7 +31,7 @@ class NativeLowRank:
     def __init__(self, library: Path, dtype: torch.dtype) -> None:
         _share_openmp()
         self._function = getattr(ctypes.CDLL(str(library)), _ENTRIES[dtype])
-        self._function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 4
+        self._function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 4
         self._function.restype = None
 
     def __call__(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: LowRankRows) -> None:
@@ -39,6 +39,7 @@ class NativeLowRank:
             raise ValueError("the native kernel needs contiguous rows")
         self._function(
             down.data_ptr(),
+            up.data_ptr(),
             x.data_ptr(),
             y.data_ptr(),
             index.ranks.shape[0],
