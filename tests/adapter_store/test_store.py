@@ -1,0 +1,142 @@
+"""The store: versions, references, tenants apart, concurrency, and what a crash leaves behind."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from adapter_store.blobs import LocalBlobs
+from adapter_store.errors import AdapterNotFound, BlobCorrupt, InvalidName, StoreError
+from adapter_store.store import AdapterVersion, Store
+from tests.adapter_store.uploads import good
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "store")
+
+
+def push(store: Store, tenant: str, name: str, seed: int = 0) -> AdapterVersion:
+    with store.begin_upload() as staging:
+        for filename, content in good(seed).items():
+            with staging.open(filename) as writer:  # type: ignore[union-attr]
+                writer.write(content)
+        return store.commit(tenant, name, staging.finish(), {"rank": 2})
+
+
+def test_versions_and_references(store: Store) -> None:
+    first, second = push(store, "acme", "bot", 1), push(store, "acme", "bot", 2)
+    assert (first.number, second.number) == (1, 2)
+    assert store.resolve("acme", "bot") == second
+    assert store.resolve("acme", "bot@v1") == first
+    assert store.resolve("acme", f"bot@{first.digest[:20]}") == first
+    assert [version.number for version in store.get("acme", "bot").versions] == [2, 1]
+    assert set(store.files(second)) == {"config", "weights"}
+
+
+def test_the_same_bytes_are_the_same_version(store: Store) -> None:
+    first, second = push(store, "acme", "bot", 1), push(store, "acme", "bot", 2)
+    again = push(store, "acme", "bot", 1)
+    assert again == first
+    assert store.resolve("acme", "bot") == first  # a re-push is a roll-back
+    assert push(store, "acme", "bot", 2) == second
+
+
+def test_tenants_do_not_see_each_other(store: Store) -> None:
+    version = push(store, "acme", "bot")
+    messages = set()
+    for reference in ("bot", "bot@v1", f"bot@{version.digest}"):
+        with pytest.raises(AdapterNotFound) as mine:
+            store.resolve("other", reference)
+        messages.add(str(mine.value))
+    assert len(messages) == 1
+    assert store.records("other") == ()
+    with pytest.raises(AdapterNotFound):
+        store.delete("other", "bot")
+    assert store.resolve("acme", "bot") == version
+
+
+def test_delete_removes_a_version_or_all(store: Store) -> None:
+    first, _ = push(store, "acme", "bot", 1), push(store, "acme", "bot", 2)
+    assert [gone.number for gone in store.delete("acme", "bot@v2")] == [2]
+    assert store.resolve("acme", "bot") == first
+    store.delete("acme", "bot")
+    with pytest.raises(AdapterNotFound):
+        store.resolve("acme", "bot")
+    assert push(store, "acme", "bot", 3).number == 1
+    assert store.sweep() > 0
+
+
+def test_a_number_is_never_used_again(store: Store) -> None:
+    push(store, "acme", "bot", 1)
+    push(store, "acme", "bot", 2)
+    store.delete("acme", "bot@v2")
+    assert push(store, "acme", "bot", 3).number == 3
+
+
+@pytest.mark.parametrize("name", ["", "Base", "base", "-x", "a" * 65, "a/b", "../x", "a@b", "ä", "a\0", "a b", ".x"])
+def test_bad_names_are_refused(store: Store, name: str) -> None:
+    with pytest.raises(InvalidName):
+        push(store, "acme", name)
+
+
+@pytest.mark.parametrize(
+    "reference", ["bot@", "bot@v0", "bot@v-1", "bot@sha256:12", "bot@sha256:" + "g" * 64, "bot@latest", "bot@v1@v2"]
+)
+def test_bad_references_are_refused(store: Store, reference: str) -> None:
+    with pytest.raises(InvalidName):
+        store.resolve("acme", reference)
+
+
+def test_pages(store: Store) -> None:
+    for index in range(5):
+        push(store, "acme", f"bot-{index}", index)
+    first = store.records("acme", limit=3)
+    assert [record.name for record in first] == ["bot-0", "bot-1", "bot-2"]
+    assert [record.name for record in store.records("acme", limit=3, after="bot-2")] == ["bot-3", "bot-4"]
+
+
+def test_many_pushes_at_once_lose_nothing(store: Store) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        different = list(pool.map(lambda seed: push(store, "acme", "bot", seed), range(16)))
+        same = list(pool.map(lambda _: push(store, "acme", "twin"), range(16)))
+    assert sorted(version.number for version in different) == list(range(1, 17))
+    assert {version.number for version in same} == {1}
+    assert len(store.get("acme", "bot").versions) == 16
+
+
+def test_reopening_keeps_everything_and_clears_unfinished_uploads(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    version = push(store, "acme", "bot")
+    unfinished = store.begin_upload()
+    unfinished.open("adapter_config.json").write(b"{")
+    store.close()
+    again = Store.open(tmp_path)
+    assert again.resolve("acme", "bot") == version
+    assert list((tmp_path / "uploads").iterdir()) == []
+    assert all(path.is_file() for path in again.files(version).values())
+
+
+def test_blobs_are_whole_or_absent(tmp_path: Path) -> None:
+    blobs = LocalBlobs(tmp_path)
+    source = tmp_path / "source"
+    source.write_bytes(b"hello")
+    right = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    wrong = "0" * 64
+    with pytest.raises(BlobCorrupt):
+        blobs.put(source, wrong)
+    assert list(blobs.digests()) == []
+    with pytest.raises(BlobCorrupt):
+        blobs.path(wrong)
+    threads = [threading.Thread(target=blobs.put, args=(source, right)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(blobs.digests()) == [right]
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+    with pytest.raises(StoreError):
+        blobs.path("../../etc/passwd")
