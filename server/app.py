@@ -26,7 +26,7 @@ from server import __version__
 from server.adapters.lowerer import LowererClient
 from server.api import adapters, generate, health, openai
 from server.api.auth import Keys
-from server.api.edge import Edge, error_response
+from server.api.edge import TGI_PATHS, Edge, error_response
 from server.api.generation import Generation
 from server.config import Settings
 from server.engine.base_dir import BaseDir, prepare_base
@@ -204,7 +204,7 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     """The first fault decides ``param``; the message has them all."""
     assert isinstance(error, RequestValidationError)
     faults = [_fault(item) for item in error.errors()[:16]]
-    code = "validation" if request.url.path in ("/generate", "/generate_stream") else "invalid_request"
+    code = "validation" if request.url.path in TGI_PATHS else "invalid_request"
     message = "; ".join(dict.fromkeys(f"{where}: {text}" if where else text for where, text in faults))
     return error_response(request.url.path, ApiError(code, message[:2000], param=faults[0][0] or None))
 

@@ -20,6 +20,7 @@ from server.log import access
 from server.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
+TGI_PATHS = frozenset({"/", "/generate", "/generate_stream"})
 MAX_JSON_BYTES = 2 << 20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -55,7 +56,7 @@ class Edge:
 
         try:
             self._admit(scope, headers, state)
-            await self._app(scope, _limited(receive, scope["path"]), tagged)
+            await self._app(scope, receive if _is_upload(scope["path"]) else await _read(receive), tagged)
         except ApiError as error:
             await error_response(scope["path"], error)(scope, receive, tagged)
         finally:
@@ -90,7 +91,7 @@ class Edge:
 
 def error_response(path: str, error: ApiError) -> JSONResponse:
     """The error in the shape that the route's clients expect."""
-    is_tgi = path in ("/generate", "/generate_stream")
+    is_tgi = path in TGI_PATHS
     body = error.tgi_body() if is_tgi else error.openai_body()
     return JSONResponse(body, status_code=error.row.status, headers=error.headers)
 
@@ -99,18 +100,24 @@ def _is_upload(path: str) -> bool:
     return path == "/v1/adapters"
 
 
-def _limited(receive: Receive, path: str) -> Receive:
-    """Count a body that comes without a length."""
-    if _is_upload(path):
-        return receive
-    total = 0
-
-    async def counted() -> Message:
-        nonlocal total
+async def _read(receive: Receive) -> Receive:
+    """Read a body up to the limit, before anything else works on it. Returns a channel that repeats it."""
+    body, more = b"", True
+    while more:
         message = await receive()
-        total += len(message.get("body", b""))
-        if total > MAX_JSON_BYTES:
+        if message["type"] != "http.request":
+            return receive  # the caller has gone already
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_JSON_BYTES:
             raise ApiError("body_too_large", f"the body is larger than {MAX_JSON_BYTES} bytes")
-        return message
+    told = False
 
-    return counted
+    async def repeat() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return repeat

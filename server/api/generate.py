@@ -19,17 +19,31 @@ from server.errors import ApiError
 router = APIRouter()
 
 
+@router.post("/", response_model=None)
+async def either(request: Request, body: GenerateRequest) -> Response:
+    """What the clients of both servers post to: a stream, or a list with one reply, as ``stream`` says."""
+    if body.stream:
+        return await generate_stream(request, body)
+    reply, headers = await _whole(request, body)
+    return JSONResponse([reply], headers=headers)
+
+
 @router.post("/generate", response_model=None)
 async def generate(request: Request, body: GenerateRequest) -> Response:
     """The whole text at once."""
+    reply, headers = await _whole(request, body)
+    return JSONResponse(reply, headers=headers)
+
+
+async def _whole(request: Request, body: GenerateRequest) -> tuple[dict[str, Any], dict[str, str]]:
+    """The reply and its headers."""
     generation: Generation = request.app.state.services.generation
     call = await _call(request, generation, body)
     completion = await generation.complete(call)
     reply: dict[str, Any] = {"generated_text": _full(body, completion.text)}
     if body.parameters.details:
         reply["details"] = _details(generation, body.parameters, call, completion)
-    headers = {"x-prompt-tokens": str(len(call.prompt_token_ids)), "x-generated-tokens": str(completion.completion_tokens)}
-    return JSONResponse(reply, headers=headers)
+    return reply, {"x-prompt-tokens": str(len(call.prompt_token_ids)), "x-generated-tokens": str(completion.completion_tokens)}
 
 
 @router.post("/generate_stream", response_model=None)

@@ -35,6 +35,7 @@ class GenerateParameters(_Strict):
     adapter_id: AdapterReference | None = None
     adapter_source: Literal["medley", "local", "hub", "s3", "pbase"] | None = None
     adapter_parameters: None = None
+    merged_adapters: None = None
     api_token: str | None = None
     best_of: Literal[1] | None = None
     temperature: Temperature | None = None
