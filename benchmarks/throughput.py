@@ -16,14 +16,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from examples.serving import running_server
-from medley_client import Medley
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from benchmarks.over_http import tokens_per_second
 from benchmarks.work import prompts, write_adapters
+from examples.serving import running_server
+from medley_client import Medley
 from server.app import pick_dtype
 from server.engine.base_dir import prepare_base
 

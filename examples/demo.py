@@ -17,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.serving import ServerFailed, running_server
-from medley_client import AsyncMedley, Medley
 from rich.console import Console
 from rich.table import Table
+
+from examples.serving import ServerFailed, running_server
+from medley_client import AsyncMedley, Medley
 
 HERE = Path(__file__).parent
 QUESTION = "What is a rainbow?"

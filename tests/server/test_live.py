@@ -17,9 +17,9 @@ import numpy as np
 import openai
 import psutil
 import pytest
-from medley_client import ApiError, AsyncMedley
 from safetensors.numpy import load_file, save_file
 
+from medley_client import ApiError, AsyncMedley
 from tests.conftest import TinyModels
 from tests.harness import greedy, load_base_for_lowering, lower_directory, make_engine, run
 from tests.live import Live, live_server

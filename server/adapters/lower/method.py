@@ -76,9 +76,8 @@ def token_ids(value: Any) -> str | None:
 
 
 # What every PEFT config carries and what says nothing about the maths.
-COMMON_FIELDS: dict[str, Rule] = {
-    name: no_effect
-    for name in (
+COMMON_FIELDS: dict[str, Rule] = dict.fromkeys(
+    (
         "auto_mapping",
         "base_model_name_or_path",
         "inference_mode",
@@ -86,5 +85,6 @@ COMMON_FIELDS: dict[str, Rule] = {
         "peft_version",
         "revision",
         "task_type",
-    )
-}
+    ),
+    no_effect,
+)

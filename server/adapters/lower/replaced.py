@@ -71,7 +71,7 @@ def lower_token_rows(source: Source, base: Base, program: Program, indices: Any)
             if edit is None:
                 program.add(site, edit := EmbedEdit())
             edit.row_ids, edit.rows = row_ids, rows
-        if site == head or base.spec.tied_head and not source.has(head, _ROWS):
+        if site == head or (base.spec.tied_head and not source.has(head, _ROWS)):
             program.add(head, HeadEdit(row_ids=row_ids, rows=rows))
         found = True
     if indices and not found:
