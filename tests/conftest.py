@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from server.engine.base_dir import prepare_base
 from tests.tiny import make_tiny
 
 TinyModels = Callable[[str], Path]
@@ -37,3 +38,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real default base, converted once into the data directory that the demo uses too."""
+    return prepare_base(None, Path(__file__).parents[1] / ".medley").path
