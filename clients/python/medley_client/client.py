@@ -168,7 +168,9 @@ class AsyncMedley:
     async def request(self, call: wire.Call, upload: Upload | None = None) -> Any:
         attempt = 0
         while True:
-            sent: dict[str, Any] = {"json": call.json} if upload is None else {"content": upload, "headers": upload.headers}
+            sent: dict[str, Any] = (
+                {"json": call.json} if upload is None else {"content": upload.stream(), "headers": upload.headers}
+            )
             try:
                 response = await self._http.request(call.method, call.path, params=call.params, **sent)
             except httpx.TransportError as error:

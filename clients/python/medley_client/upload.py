@@ -40,7 +40,8 @@ class Upload:
             if self._progress is not None:
                 self._progress(sent, self.total)
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The same for an asynchronous client."""
         for chunk in self:
             yield chunk
 

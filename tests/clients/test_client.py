@@ -1,0 +1,224 @@
+"""The client and the command against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medley_client import ApiError, AsyncMedley, CannotConnect, Medley, MedleyError
+from medley_client.cli import main
+from medley_client.convert import convert
+from tests.conftest import TinyModels
+from tests.live import Live, live_server
+from tests.parity.variants import VARIANTS, make_adapter
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(VARIANTS[0], "llama", tiny_models("llama"), tmp_path_factory.mktemp("a") / "my-bot")
+
+
+@pytest.fixture(scope="module")
+def live(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with live_server(tiny_models("llama"), tmp_path_factory.mktemp("live")) as server:
+        yield server
+
+
+@pytest.fixture
+def command(live: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    monkeypatch.setenv("MEDLEY_URL", live.url)
+    monkeypatch.setenv("MEDLEY_API_KEY", live.keys["acme"])
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = main(arguments)
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    return run
+
+
+def test_push_with_progress_list_show_generate_delete(live: Live, adapter: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with live.client() as client:
+        pushed = client.adapters.push(adapter, "bot", progress=lambda sent, total: seen.append((sent, total)))
+        assert (pushed.version, pushed.facts["method"]) == ("v1", "LORA")
+        assert seen[-1][0] == seen[-1][1] > adapter.joinpath("adapter_model.safetensors").stat().st_size
+        assert [item.name for item in client.adapters.list()] == ["bot"]
+        assert client.adapters.show("bot").versions[0].digest == pushed.digest
+        assert client.models()[-1] == "bot"
+        whole = client.generate("Hello", adapter="bot", max_new_tokens=6, ignore_eos_token=True)
+        tokens = list(client.generate_stream("Hello", adapter="bot", max_new_tokens=6, ignore_eos_token=True))
+        assert [token.id for token in tokens] == [token.id for token in whole.tokens]
+        assert (tokens[-1].generated_text, tokens[-1].finish_reason) == (whole.text, "length")
+        assert isinstance(client.chat([{"role": "user", "content": "Hi"}], adapter="bot", max_tokens=3), str)
+        assert client.adapters.delete("bot") == 1
+
+
+def test_async_twin(live: Live, adapter: Path) -> None:
+    async def use() -> None:
+        async with AsyncMedley(live.url, live.keys["globex"]) as client:
+            await client.adapters.push(adapter, "bot")
+            assert [item.name for item in await client.adapters.list()] == ["bot"]
+            whole = await client.generate("Hello", adapter="bot", max_new_tokens=6)
+            tokens = [token async for token in client.generate_stream("Hello", adapter="bot", max_new_tokens=6)]
+            assert tokens[-1].generated_text == whole.text
+            with pytest.raises(ApiError) as refused:
+                await client.adapters.show("nobody")
+            assert (refused.value.status, refused.value.code) == (404, "adapter_not_found")
+            assert refused.value.request_id
+            await client.adapters.delete("bot")
+
+    asyncio.run(use())
+
+
+def test_archives_can_be_pushed(live: Live, adapter: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "bot.tar.gz", "w:gz") as archive:
+        archive.add(adapter, "bot")
+    with live.client() as client:
+        assert client.adapters.push(tmp_path / "bot.tar.gz", "bot").digest == client.adapters.push(adapter, "bot").digest
+        client.adapters.delete("bot")
+
+
+def test_command_line(command: Any, adapter: Path) -> None:
+    assert command("ls") == (0, "no adapters yet; push one with: medley push DIR\n", "")
+    status, out, _ = command("push", str(adapter))
+    assert status == 0
+    assert out.startswith("my-bot@v1  LORA rank 4")
+    status, out, _ = command("ls", "--json")
+    assert [item["name"] for item in json.loads(out)] == ["my-bot"]
+    assert "my-bot" in command("ls")[1]
+    assert "rank 4" in command("show", "my-bot")[1]
+    status, out, err = command("generate", "Hello", "--adapter", "my-bot", "--max-new-tokens", "5")
+    assert status == 0
+    assert "tokens/s" in err
+    assert json.loads(command("generate", "Hello", "--json", "--max-new-tokens", "5")[1])["tokens"] <= 5
+    assert command("rm", "my-bot")[:2] == (0, "deleted 1 version of my-bot\n")
+    status, _, err = command("rm", "my-bot")
+    assert status == 1
+    assert "there is no adapter 'my-bot'" in err
+    assert "request id" in err
+
+
+def test_command_line_shows_every_fault(command: Any, adapter: Path, tmp_path: Path) -> None:
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes((adapter / file).read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"use_qalora": True, "made_up": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    status, _, err = command("push", str(tmp_path), "--name", "bad")
+    assert status == 1
+    assert "use_qalora" in err
+    assert "made_up" in err
+
+
+def test_nobody_there_is_status_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MEDLEY_URL", "http://127.0.0.1:9")
+    assert main(["ls"]) == 3
+    assert "medley serve" in capsys.readouterr().err
+    with pytest.raises(CannotConnect):
+        Medley("http://127.0.0.1:9").models()
+
+
+def test_usage_and_help() -> None:
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
+    for arguments, status in ((["--help"], 0), (["push", "--help"], 0), ([], 2), (["nonsense"], 2), (["push"], 2)):
+        finished = subprocess.run(
+            [sys.executable, "-m", "medley_client.cli", *arguments], capture_output=True, text=True, env=environment
+        )
+        assert finished.returncode == status
+        assert all(len(line) <= 80 for line in finished.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "no adapter_config.json and no adapter_model.safetensors"),
+        (["adapter_config.json", "adapter_model.bin"], "medley convert"),
+    ],
+)
+def test_incomplete_directories_are_explained_before_anything_is_sent(files: list[str], message: str, tmp_path: Path) -> None:
+    for file in files:
+        (tmp_path / file).write_bytes(b"{}")
+    with pytest.raises(MedleyError, match=message):
+        Medley("http://127.0.0.1:9").adapters.push(tmp_path, "x")
+
+
+class Script(BaseHTTPRequestHandler):
+    """Answers with what its server was given, one reply after the other."""
+
+    def do_GET(self) -> None:
+        status, headers = self.server.replies.pop(0)  # type: ignore[attr-defined]
+        body = b'{"data": []}' if status == 200 else b'{"error": {"message": "later", "code": "overloaded"}}'
+        self.send_response(status)
+        for name, value in {**headers, "content-length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Be quiet."""
+
+
+@pytest.mark.parametrize(
+    ("replies", "left", "works"),
+    [
+        ([(429, {"retry-after-ms": "1"}), (503, {"retry-after": "0"}), (200, {})], 0, True),
+        ([(429, {"retry-after-ms": "1"})] * 4, 1, False),
+        ([(429, {"x-should-retry": "false"}), (200, {})], 1, False),
+        ([(400, {}), (200, {})], 1, False),
+        ([(503, {"retry-after": "9999"}), (200, {})], 1, False),
+    ],
+)
+def test_retries_obey_the_server(replies: list[tuple[int, dict[str, str]]], left: int, works: bool) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Script)
+    server.replies = list(replies)  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Medley(f"http://127.0.0.1:{server.server_port}") as client:
+        if works:
+            assert client.models() == []
+        else:
+            with pytest.raises(ApiError, match="later"):
+                client.models()
+    assert len(server.replies) == left  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+
+
+def test_convert(tmp_path: Path) -> None:
+    shared = torch.randn(3, 4)
+    torch.save({"a": shared, "b": shared, "c": shared[:2].T}, tmp_path / "adapter_model.bin")
+    written = convert(tmp_path)
+    assert written == [tmp_path / "adapter_model.safetensors"]
+    loaded = load_file(written[0])
+    assert torch.equal(loaded["a"], loaded["b"])
+    assert torch.equal(loaded["c"], shared[:2].T)
+
+
+def test_convert_runs_no_code(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (canary,)
+
+    torch.save({"a": Bomb()}, tmp_path / "adapter_model.bin")
+    with pytest.raises(MedleyError, match="could run code"):
+        convert(tmp_path)
+    assert not canary.exists()
+    (tmp_path / "adapter_model.bin").write_bytes(b"nonsense")
+    with pytest.raises(MedleyError):
+        convert(tmp_path)
+    with pytest.raises(MedleyError, match="has none of"):
+        convert(tmp_path / "nowhere")
