@@ -7,6 +7,7 @@ exceeded.
 from __future__ import annotations
 
 import queue
+import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -92,7 +93,7 @@ class Loader:
                 program = found
             else:
                 problem = f"the file holds program {found.program_id[:12]}"
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
             problem = f"{type(error).__name__}: {error}"
         self._finished.put(Loaded(ref.program_id, program, time.monotonic() - started, problem))
         self._wake()

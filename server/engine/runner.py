@@ -71,8 +71,7 @@ class Runner:
 
 def _finite_items(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[bool, ...]:
     """A row that overflowed anywhere ends non-finite, since every token attends to itself and residuals add up."""
-    rows = torch.isfinite(hidden).all(-1)
-    sampled = torch.isfinite(logits).all(-1)
+    rows, sampled = _finite_rows(hidden), _finite_rows(logits)
     if bool(rows.all()) and bool(sampled.all()):
         return (True,) * len(batch.items)
     finite, row, sample = [], 0, 0
@@ -80,3 +79,11 @@ def _finite_items(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[bool, .
         finite.append(bool(rows[row : row + item.count].all()) and bool(sampled[sample : sample + samples].all()))
         row, sample = row + item.count, sample + samples
     return tuple(finite)
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    """Which rows of ``(n, width)`` hold no NaN and no infinity: extremes carry both, in one pass over the values."""
+    if not values.numel():
+        return torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
+    low, high = torch.aminmax(values, dim=-1)
+    return torch.isfinite(low) & torch.isfinite(high)

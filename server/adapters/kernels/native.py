@@ -96,5 +96,5 @@ def _processor() -> bytes:
 
 def _share_openmp() -> None:
     """Make the symbols of PyTorch's OpenMP runtime visible to the kernel."""
-    for runtime in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
+    for runtime in sorted((Path(torch.__file__).parent / "lib").glob("lib[gi]omp*.so*")):
         ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
