@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server import __version__
 from server.engine.client import EngineClient
 from server.engine.types import ProgramEvent, ProgramState
 
@@ -49,7 +50,7 @@ class Metrics:
             "medley_adapter_load_seconds", "Time of adapter loads by tier reached.", ["tier"], buckets=_LATENCY, registry=registry
         )
         self.degraded = Gauge("medley_degraded", "1 while a dependency does not answer.", ["dep"], registry=registry)
-        Gauge("medley_build_info", "1; the labels say what runs.", ["version"], registry=registry).labels("0.1.0").set(1)
+        Gauge("medley_build_info", "1; the labels say what runs.", ["version"], registry=registry).labels(__version__).set(1)
         self.registry.register(_EngineCollector(engine))
 
     def tenant(self, name: str) -> str:

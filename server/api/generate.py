@@ -105,18 +105,10 @@ async def _events(generation: Generation, body: GenerateRequest, call: Call) -> 
             ended = delta.finish_reason is not None
             texts = [delta.text] + [""] * (len(delta.token_ids) - 1)
             tokens = [_token(generation, item, text) for item, text in zip(delta.logprobs, texts, strict=False)]
-            if delta.stop_token_id is not None:
-                tokens.append(
-                    {
-                        "id": delta.stop_token_id,
-                        "text": generation.tokenizer.token_text(delta.stop_token_id),
-                        "logprob": None,
-                        "special": True,
-                    }
-                )
-                if delta.text:
-                    # What was held back for stop strings belongs to tokens that have been shown.
-                    tokens[-1]["text"] = delta.text + tokens[-1]["text"]
+            if delta.stop_logprob is not None:
+                # What was held back for stop strings comes with the token that ends the text.
+                shown = delta.text + generation.tokenizer.token_text(delta.stop_logprob.token_id)
+                tokens.append(_token(generation, delta.stop_logprob, shown))
             for index, token in enumerate(tokens):
                 last = ended and index == len(tokens) - 1
                 yield {
@@ -133,7 +125,8 @@ def _details(generation: Generation, parameters: GenerateParameters, call: Call,
         {"id": token, "text": generation.tokenizer.token_text(token), "logprob": item.logprob if item else None}
         for token, item in zip(call.prompt_token_ids, prefill, strict=False)
     ]
-    details["tokens"] = [_token(generation, item, generation.tokenizer.token_text(item.token_id)) for item in completion.logprobs]
+    made = completion.logprobs if completion.stop_logprob is None else [*completion.logprobs, completion.stop_logprob]
+    details["tokens"] = [_token(generation, item, generation.tokenizer.token_text(item.token_id)) for item in made]
     return details
 
 

@@ -48,6 +48,7 @@ class Delta:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    stop_logprob: TokenLogprob | None = None
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class Completion:
     num_cached_tokens: int = 0
     finish_reason: FinishReason = FinishReason.LENGTH
     stop_token_id: int | None = None
+    stop_logprob: TokenLogprob | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -76,6 +78,7 @@ class Completion:
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             self.stop_token_id = delta.stop_token_id
+            self.stop_logprob = delta.stop_logprob
 
 
 class Generation:
@@ -197,4 +200,5 @@ class Generation:
             num_cached_tokens=output.num_cached_tokens,
             finish_reason=reason,
             stop_token_id=output.stop_token_id,
+            stop_logprob=output.stop_logprob,
         )

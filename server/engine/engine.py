@@ -287,6 +287,7 @@ class Engine:
             num_cached_tokens=sequence.num_cached,
             finish_reason=reason,
             stop_token_id=token if stops else None,
+            stop_logprob=logprob if stops else None,
         )
         if reason is None:
             self._outputs.append(output)

@@ -91,7 +91,8 @@ class RequestOutput:
     """What one step made for one request. ``finish_reason`` is set exactly once, on the last output.
 
     ``logprobs`` is parallel to ``token_ids`` when asked for. ``prompt_logprobs`` comes once, with the first token: None for
-    the first prompt token. ``stop_token_id`` is the end token that was hit; it is not in ``token_ids``.
+    the first prompt token. ``stop_token_id`` is the end token that was hit; it is not in ``token_ids``, nor ``stop_logprob`` in
+    ``logprobs``.
     """
 
     request_id: str
@@ -101,6 +102,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    stop_logprob: TokenLogprob | None = None
     error: RequestError | None = None
 
 

@@ -154,6 +154,16 @@ for part in client.generate_stream("Hello", adapter_id="plain", max_new_tokens=8
 assert last.generated_text == whole.generated_text
 base = client.generate("Hello", max_new_tokens=8, ignore_eos_token=True)
 assert base.generated_text != whole.generated_text
+for seed in range(20):  # nearly uniform draws meet the end token sooner or later
+    hot = dict(adapter_id="plain", do_sample=True, temperature=50.0, seed=seed, max_new_tokens=400)
+    ended = client.generate("Hello", **hot)
+    if ended.details.finish_reason == "eos_token":
+        break
+parts = list(client.generate_stream("Hello", **hot))
+assert ended.details.finish_reason == "eos_token", ended
+assert ended.details.tokens[-1].special and parts[-1].token.special
+assert len(parts) == len(ended.details.tokens) == ended.details.generated_tokens
+assert parts[-1].generated_text == ended.generated_text
 sampled = client.generate("Hello", adapter_id="plain", do_sample=True, temperature=0.7, top_k=5, top_p=0.9, seed=3, max_new_tokens=4)
 try:
     client.generate("Hello", adapter_id="nobody")
