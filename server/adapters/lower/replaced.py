@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.base_spec import SiteSpec
-from server.adapters.ir import EmbedEdit, HeadEdit, NormEdit, Program
+from server.adapters.ir import HeadEdit, NormEdit, Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.source import Source
 
@@ -67,9 +67,7 @@ def lower_token_rows(source: Source, base: Base, program: Program, indices: Any)
         order = torch.tensor(ids).argsort()
         row_ids, rows = torch.tensor(ids)[order], rows.to(base.compute)[order]
         if site == embedding:
-            edit = next((item for item in program.edits.get(site, ()) if isinstance(item, EmbedEdit)), None)
-            if edit is None:
-                program.add(site, edit := EmbedEdit())
+            edit = program.embed(site)
             edit.row_ids, edit.rows = row_ids, rows
         if site == head or (base.spec.tied_head and not source.has(head, _ROWS)):
             program.add(head, HeadEdit(row_ids=row_ids, rows=rows))
@@ -95,10 +93,7 @@ def _replace(program: Program, spec: SiteSpec, weight: Tensor, bias: Tensor | No
     if spec.kind == "norm":
         program.add(spec.name, NormEdit(weight=weight, bias=bias))
     elif spec.kind == "embedding":
-        edit = next((item for item in program.edits.get(spec.name, ()) if isinstance(item, EmbedEdit)), None)
-        if edit is None:
-            program.add(spec.name, edit := EmbedEdit())
-        edit.table = weight
+        program.embed(spec.name).table = weight
     elif spec.kind == "head":
         program.add(spec.name, HeadEdit(weight=weight, bias=bias))
     else:
