@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -17,6 +18,11 @@ from server.engine.base_dir import prepare_base
 from tests.tiny import make_tiny
 
 TinyModels = Callable[[str], Path]
+
+# The gate tries the same cases every time; a developer's machine looks for new ones.
+hypothesis.settings.register_profile("gate", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("gate")
 
 
 @pytest.fixture(scope="session", autouse=True)

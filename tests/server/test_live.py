@@ -359,7 +359,7 @@ def test_the_engine_may_be_killed_under_load(live: Live) -> None:
     async def load() -> list[str]:
         async with AsyncMedley(live.url, live.keys["acme"]) as client:
             tasks = [asyncio.create_task(ask(client, NAMES[index % 3])) for index in range(8)]
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.2)
             live.child("server.engine.process").kill()
             return list(await asyncio.wait_for(asyncio.gather(*tasks), 30))
 
