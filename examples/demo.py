@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -105,6 +106,8 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     started = time.monotonic()
+    # So that the server ends with the demo, however that is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         with (
             console.status("starting the server (the first start converts the base model)"),
