@@ -130,8 +130,9 @@ def main() -> int:
             console.print("\ntry it:", style="bold")
             console.print(f"  curl {url}/generate -H 'content-type: application/json' -d '{body}'", markup=False, soft_wrap=True)
             console.print(
-                f"  MEDLEY_URL={url} .venv/bin/medley generate '{QUESTION}' --adapter pirate\nserving; Ctrl-C stops", markup=False
+                f"  MEDLEY_URL={url} .venv/bin/medley generate '{QUESTION}' --adapter pirate", markup=False, soft_wrap=True
             )
+            console.print("serving; Ctrl-C stops")
             while True:
                 time.sleep(3600)
     except ServerFailed as error:
