@@ -35,9 +35,15 @@ def faults_table() -> str:
 
 
 def methods_table() -> str:
-    rows = [f"| `{method.name}` | served | {method.summary} |" for _, method in sorted(methods().items())]
-    rows += [f"| `{name}` | refused | {reason} |" for name, reason in sorted(REFUSED.items())]
-    return "\n".join(["| `peft_type` | | how, or why not |", "|---|---|---|", *rows])
+    libraries = {"peft": "PEFT", "adapters": "AdapterHub", "medley": "Medley"}
+    rows = [
+        f"| {shown} | `{method.name}` | served | {method.summary} |"
+        for library, shown in libraries.items()
+        for (owner, _), method in sorted(methods().items())
+        if owner == library
+    ]
+    rows += [f"| PEFT | `{name}` | refused | {reason} |" for name, reason in sorted(REFUSED.items())]
+    return "\n".join(["| library | method | | how, or why not |", "|---|---|---|---|", *rows])
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {

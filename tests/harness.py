@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.adapters.base_spec import describe
-from server.adapters.lower import lower
+from server.adapters.lower import Checkpoint, lower
 from server.adapters.lower.base import Base, BaseWeights
 from server.adapters.program_file import write_program
 from server.engine.batch import Batch
@@ -49,7 +49,7 @@ def load_base_for_lowering(directory: Path, dtype: str = "float32") -> Base:
 def lower_directory(adapter: Path, base: Base, program_id: str) -> ProgramRef:
     """Lower a PEFT directory and write its program file beside it."""
     config = json.loads((adapter / "adapter_config.json").read_text())
-    program = lower(config, load_file(adapter / "adapter_model.safetensors"), base)
+    program = lower(Checkpoint(config, load_file(adapter / "adapter_model.safetensors")), base)
     path = adapter / f"program-{base.spec.dtype}.safetensors"
     write_program(path, program, program_id=program_id, facts={})
     return ProgramRef(program_id, str(path))

@@ -23,6 +23,7 @@ Run = tuple[int, int, int]
 LONG_RUN = 16
 LONG_RUN_NATIVE = 64
 """From this many rows on, a run is worth matrix products of its own; with a kernel that takes all rows, later."""
+_LOOSE = ("dense", "rotation", "left", "right")
 CONCAT_MAX_RANK = 160
 """Up to this sum of distinct ranks, one dense product over all programs beats gathering per row."""
 
@@ -33,6 +34,14 @@ class VectorRows:
 
     rows: Tensor | None
     index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PairRows:
+    """Rows whose outputs are paired in groups of one size, with their ``pair_scale``."""
+
+    scale: VectorRows
+    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,13 @@ class SiteWork:
     in_scale: VectorRows | None
     out_scale: VectorRows | None
     shift: VectorRows | None
-    dense: tuple[tuple[int, int, Tensor], ...]
+    pairs: tuple[PairRows, ...]
+    loose: tuple[tuple[int, int, dict[str, Tensor]], ...]
+    """Runs with tensors of their own, by field: ``dense``, ``rotation``, ``left`` and ``right``."""
+
+    @property
+    def rotates(self) -> bool:
+        return any("rotation" in found for _, _, found in self.loose)
 
 
 class StepEdits:
@@ -102,11 +117,6 @@ class StepEdits:
                 short.append((resident, start, end, layout))
         distinct = {resident.serial: layout.rank for resident, _, _, layout in short}
         kernel = self._kernel or (lowrank_concat if sum(distinct.values()) <= CONCAT_MAX_RANK else lowrank_gather)
-        dense = [
-            (start, end, resident.extras[layout.extras["dense"]])
-            for resident, start, end, layout in here
-            if "dense" in layout.extras
-        ]
         return SiteWork(
             long_runs=tuple(long_runs),
             short_rows=self._low_rank_rows(short, in_features, out_features) if short else None,
@@ -116,7 +126,20 @@ class StepEdits:
             in_scale=self._vector_rows([(r, s, e, x.in_scale) for r, s, e, x in here], in_features),
             out_scale=self._vector_rows([(r, s, e, x.out_scale) for r, s, e, x in here], out_features),
             shift=self._vector_rows([(r, s, e, x.shift) for r, s, e, x in here], out_features),
-            dense=tuple(dense),
+            pairs=tuple(
+                PairRows(scale, group)
+                for group in sorted({layout.pair_group for *_, layout in here if layout.pair_scale is not None})
+                if (
+                    scale := self._vector_rows(
+                        [(r, s, e, x.pair_scale) for r, s, e, x in here if x.pair_group == group], out_features
+                    )
+                )
+            ),
+            loose=tuple(
+                (start, end, {name: resident.extras[layout.extras[name]] for name in _LOOSE if name in layout.extras})
+                for resident, start, end, layout in here
+                if any(name in layout.extras for name in _LOOSE)
+            ),
         )
 
     def _low_rank_rows(
@@ -220,14 +243,47 @@ def shift_rows(y: Tensor, vectors: Tensor, work: VectorRows) -> None:
         y.index_add_(0, work.rows, shifts)
 
 
-def add_low_rank(y: Tensor, x: Tensor, work: SiteWork) -> None:
-    """Every program's ``(x @ down.T) @ up`` added to its rows of ``y``, in place."""
+def rotate_rows(x: Tensor, work: SiteWork) -> Tensor:
+    """``x`` with the rotated rows replaced: every block of ``b`` inputs times its ``(b, b)`` matrix."""
+    rotated = x.clone()
+    for start, end, found in work.loose:
+        if (rotation := found.get("rotation")) is not None:
+            size = rotation.shape[-1]
+            blocks = x[start:end].view(end - start, -1, size).transpose(0, 1)
+            rotated[start:end] = torch.matmul(blocks, rotation).transpose(0, 1).reshape(end - start, -1)
+    return rotated
+
+
+def swap_pairs(z: Tensor, group: int) -> Tensor:
+    """``(z1, z2) → (-z2, z1)`` for the halves of every ``group`` outputs."""
+    first, second = z.view(*z.shape[:-1], -1, 2, group // 2).unbind(-2)
+    return torch.stack((-second, first), dim=-2).view(z.shape)
+
+
+def add_pairs(y: Tensor, z: Tensor, vectors: Tensor, pairs: PairRows) -> None:
+    """``y[row] += pair_scale * swap(z[row])`` in place."""
+    rows = pairs.scale.rows
+    chosen = z if rows is None else z.index_select(0, rows)
+    added = (swap_pairs(chosen, pairs.group) * _take(vectors, pairs.scale, z.shape[-1])).to(y.dtype)
+    if rows is None:
+        y += added
+    else:
+        y.index_add_(0, rows, added)
+
+
+def add_linear_terms(y: Tensor, x: Tensor, work: SiteWork) -> None:
+    """Every program's ``(x @ down.T) @ up + x @ dense.T + kron(left, right) x`` added to its rows of ``y``, in place."""
     for start, end, down, up in work.long_runs:
         y[start:end].addmm_(x[start:end] @ down.T, up)
     if work.short_rows is not None and work.down is not None and work.up is not None:
         work.kernel(y, x, work.down, work.up, work.short_rows)
-    for start, end, dense in work.dense:
-        y[start:end].addmm_(x[start:end], dense.T)
+    for start, end, found in work.loose:
+        if "dense" in found:
+            y[start:end].addmm_(x[start:end], found["dense"].T)
+        if "left" in found:
+            left, right = found["left"], found["right"]
+            blocks = x[start:end].view(end - start, left.shape[1], right.shape[1])
+            y[start:end] += torch.matmul(left, blocks @ right.T).reshape(end - start, -1)
 
 
 def _take(vectors: Tensor, work: VectorRows, width: int) -> Tensor:
@@ -240,7 +296,9 @@ __all__ = [
     "Run",
     "SiteWork",
     "StepEdits",
-    "add_low_rank",
+    "add_linear_terms",
+    "add_pairs",
+    "rotate_rows",
     "scale_rows",
     "shift_rows",
 ]

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.adapters.base_spec import describe
 from server.adapters.faults import Fault, LoweringError
-from server.adapters.ir import LinearEdit, Program
-from server.adapters.lower import lower
+from server.adapters.ir import BottleneckEdit, LinearEdit, Program
+from server.adapters.lower import Checkpoint, Method, lower, method_of
 from server.adapters.lower.base import Base, BaseWeights
 from server.adapters.lowerer import Done, Job, Start
 from server.adapters.program_file import write_program
@@ -66,8 +66,10 @@ def _lower(job: Job, base: Base, max_bytes: int) -> Done:
     try:
         config = json.loads(Path(job.config).read_text(encoding="utf-8"))
         tensors = load_file(job.weights)
-        program = lower(config, tensors, base, max_bytes=max_bytes)
-        facts = _facts(config, program, tensors)
+        checkpoint = Checkpoint(config, tensors)
+        program = lower(checkpoint, base, max_bytes=max_bytes)
+        method = method_of(checkpoint)
+        facts = _facts(method, program, tensors)
         write_program(Path(job.program), program, program_id=job.program_id, facts=facts)
     except LoweringError as error:
         return Done(faults=list(error.faults))
@@ -80,19 +82,26 @@ def _lower(job: Job, base: Base, max_bytes: int) -> Done:
     return Done(facts=facts)
 
 
-def _facts(config: Mapping[str, Any], program: Program, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(method: Method, program: Program, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What users want to know of an adapter."""
     ranks = sorted(
-        {edit.rank for edits in program.edits.values() for edit in edits if isinstance(edit, LinearEdit) and edit.rank}
+        {
+            edit.rank
+            for edits in program.edits.values()
+            for edit in edits
+            if isinstance(edit, LinearEdit | BottleneckEdit) and edit.rank
+        }
     )
     return {
-        "method": config["peft_type"],
+        "method": method.name,
+        "library": method.library,
         "rank": max(ranks, default=0),
         "ranks": ranks,
         "sites": len(program.edits),
         "modules": sorted({site.rpartition(".")[2] for site in program.edits}),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "program_bytes": program.nbytes,
+        "virtual_tokens": len(program.prologue),
     }
 
 

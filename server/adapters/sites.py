@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from server.adapters.apply import StepEdits, add_low_rank, scale_rows, shift_rows
+from server.adapters.apply import StepEdits, add_linear_terms, add_pairs, rotate_rows, scale_rows, shift_rows
 from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec
 
@@ -45,7 +45,7 @@ class Site(nn.Module):
 
 
 class LinearSite(Site):
-    """``y = out_scale * base(in_scale * x) + (x @ down.T) @ up + shift + x @ dense.T``, each row with its own program's terms."""
+    """A linear with the terms of ``ir.LinearEdit``, each row with its own program's."""
 
     def forward(self, x: Tensor) -> Tensor:
         edits = self.state.edits
@@ -58,10 +58,13 @@ class LinearSite(Site):
         vectors = self.state.bank.vectors
         rows = x.reshape(-1, x.shape[-1])
         scaled = rows if work.in_scale is None else scale_rows(rows, vectors, work.in_scale)
-        y = self.base(scaled, edits)
-        if work.out_scale is not None:
-            y = scale_rows(y, vectors, work.out_scale)
-        add_low_rank(y, rows, work)
+        z = self.base(rotate_rows(scaled, work) if work.rotates else scaled, edits)
+        y = z if work.out_scale is None else scale_rows(z, vectors, work.out_scale)
+        if work.pairs:
+            y = y.clone() if y is z else y
+            for pairs in work.pairs:
+                add_pairs(y, z, vectors, pairs)
+        add_linear_terms(y, rows, work)
         if work.shift is not None:
             shift_rows(y, vectors, work.shift)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -142,6 +145,8 @@ _KINDS: dict[str, type[Site]] = {
 def attach(model: nn.Module, spec: BaseSpec, state: SiteState) -> None:
     """Swap every site of the base for its wrapper. Call after the weights are loaded."""
     for site in spec.sites:
+        if site.kind not in _KINDS:
+            continue
         parent_name, _, child = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         setattr(parent, child, _KINDS[site.kind](getattr(parent, child), site, state))

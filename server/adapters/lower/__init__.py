@@ -10,14 +10,14 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from server.adapters.base_spec import SiteSpec
 from server.adapters.faults import Fault, LoweringError
-from server.adapters.ir import HeadEdit, LinearEdit, Program
+from server.adapters.ir import VECTORS, BottleneckEdit, HeadEdit, HeadLayer, LinearEdit, Program
 from server.adapters.lower.base import Base
+from server.adapters.lower.checkpoint import Checkpoint
 from server.adapters.lower.method import Method
 from server.adapters.lower.source import Source
 
@@ -31,24 +31,24 @@ REFUSED = {
 }
 """Methods that no program can express, with the reason."""
 
-__all__ = ["Method", "lower", "methods"]
+__all__ = ["Checkpoint", "Method", "lower", "method_of", "methods"]
 
 
 @cache
-def methods() -> Mapping[str, Method]:
-    """Every method by its name in checkpoints (PEFT's ``peft_type``)."""
-    found: dict[str, Method] = {}
+def methods() -> Mapping[tuple[str, str], Method]:
+    """Every method by (library, its name there)."""
+    found: dict[tuple[str, str], Method] = {}
     for info in sorted(pkgutil.iter_modules(__path__), key=lambda item: item.name):
         method = getattr(importlib.import_module(f"{__name__}.{info.name}"), "METHOD", None)
         if isinstance(method, Method):
-            found[method.name] = method
+            found[method.library, method.name] = method
     return found
 
 
-def lower(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, *, max_bytes: int = MAX_PROGRAM_BYTES) -> Program:
+def lower(checkpoint: Checkpoint, base: Base, *, max_bytes: int = MAX_PROGRAM_BYTES) -> Program:
     """Lower a checkpoint onto the base. Raises LoweringError with every fault found."""
-    method = _method(config)
-    source = Source(config, tensors, base.spec)
+    method = method_of(checkpoint)
+    source = Source(checkpoint, base.spec)
     source.check_fields(method.fields)
     source.stop_if_faulty()
     program = method.lower(source, base)
@@ -60,36 +60,49 @@ def lower(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, 
     return program
 
 
-def _method(config: Mapping[str, Any]) -> Method:
-    name = config.get("peft_type")
+def method_of(checkpoint: Checkpoint) -> Method:
+    """The method that wrote a checkpoint. Raises LoweringError when it is not served, with the reason."""
+    library, field = checkpoint.library, _NAME_FIELDS.get(checkpoint.library, "peft_type")
+    name = _name(checkpoint)
     known = methods()
-    if isinstance(name, str) and name in known:
-        return known[name]
-    supported = f"supported: {', '.join(sorted(known))}"
-    where = "adapter_config.json: peft_type"
-    if not isinstance(name, str):
-        raise LoweringError(
-            [Fault("unsupported_method", where, f"the config names no PEFT method; {supported}", found=repr(name)[:80])]
-        )
-    if name in REFUSED:
-        raise LoweringError(
-            [Fault("unsupported_method", where, f"{name} cannot be served per request: {REFUSED[name]}", found=name)]
-        )
-    raise LoweringError([Fault("unsupported_method", where, f"this method is not served here; {supported}", found=name[:80])])
+    if (library, name) in known:
+        return known[library, name]
+    supported = f"supported: {', '.join(sorted(method for owner, method in known if owner == (library or 'peft')))}"
+    where = f"adapter_config.json: {field}"
+    if not name:
+        message = f"the config names no method; {supported}"
+    elif name in REFUSED:
+        message = f"{name} cannot be served per request: {REFUSED[name]}"
+    else:
+        message = f"this method is not served here; {supported}"
+    raise LoweringError([Fault("unsupported_method", where, message, found=repr(name)[:80])])
+
+
+_NAME_FIELDS = {"peft": "peft_type", "medley": "medley_type", "adapters": "config.architecture"}
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    """The method's name in its library; AdapterHub leaves out the architecture of bottlenecks."""
+    if checkpoint.library != "adapters":
+        name = checkpoint.config.get(_NAME_FIELDS.get(checkpoint.library, ""))
+        return name if isinstance(name, str) else ""
+    inner = checkpoint.config.get("config")
+    architecture = inner.get("architecture") if isinstance(inner, dict) else None
+    return str(architecture or "bottleneck")
 
 
 def _cast(program: Program, base: Base) -> Program:
-    """Matrices to the base's dtype; scales and shifts stay at least fp32."""
+    """Matrices to the base's dtype; scales, shifts and other vectors stay at least fp32."""
     wide = torch.promote_types(base.dtype, torch.float32)
-    for _, edit, name, tensor in list(program.tensors()):
+    for _, owner, name, tensor in list(program.tensors()):
         if tensor.is_floating_point():
-            is_vector = name in ("in_scale", "out_scale", "shift")
-            setattr(edit, name, tensor.to(wide if is_vector else base.dtype).contiguous())
+            is_wide = name in VECTORS or isinstance(owner, HeadLayer)
+            setattr(owner, name, tensor.to(wide if is_wide else base.dtype).contiguous())
     return program
 
 
 def _check(program: Program, source: Source, base: Base, max_bytes: int) -> None:
-    if not program.edits:
+    if program.is_empty:
         source.fault("empty_adapter", "adapter_model.safetensors", "the adapter changes no module of this base model")
     if (where := program.first_non_finite()) is not None:
         source.fault(
@@ -104,23 +117,29 @@ def _check(program: Program, source: Source, base: Base, max_bytes: int) -> None
             f"{program.nbytes} bytes",
         )
     sites = base.spec.by_name()
-    for site, edits in program.edits.items():
-        spec = sites[site]
-        for edit in edits:
-            shapes: dict[str, tuple[int, ...]] = {}
-            if isinstance(edit, LinearEdit):
-                rank, size_in, size_out = edit.rank, spec.in_features, spec.out_features
-                shapes = {"down": (rank, size_in), "up": (rank, size_out), "in_scale": (size_in,), "out_scale": (size_out,)}
-                shapes |= {"shift": (size_out,), "dense": (size_out, size_in)}
-            elif isinstance(edit, HeadEdit):
-                shapes = {"weight": (spec.out_features, spec.in_features)}
-            for name, shape in shapes.items():
-                tensor = getattr(edit, name)
-                if tensor is not None and tuple(tensor.shape) != shape:
-                    source.fault(
-                        "wrong_shape",
-                        f"{site}.{name}",
-                        "the lowered edit does not fit the base",
-                        str(shape),
-                        str(tuple(tensor.shape)),
-                    )
+    for site, owner, name, tensor in program.tensors():
+        shape = _shapes(owner, sites[site]).get(name) if site in sites else None
+        if shape is not None and tuple(tensor.shape) != shape:
+            source.fault(
+                "wrong_shape", f"{site}.{name}", "the lowered edit does not fit the base", str(shape), str(tuple(tensor.shape))
+            )
+
+
+def _shapes(owner: object, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of an edit whose shape the site decides."""
+    size_in, size_out = spec.in_features, spec.out_features
+    if isinstance(owner, LinearEdit):
+        outputs = dict.fromkeys(("out_scale", "shift", "pair_scale"), (size_out,))
+        return {
+            "down": (owner.rank, size_in),
+            "up": (owner.rank, size_out),
+            "in_scale": (size_in,),
+            "dense": (size_out, size_in),
+            **outputs,
+        }
+    if isinstance(owner, HeadEdit):
+        return {"weight": (size_out, size_in)}
+    if isinstance(owner, BottleneckEdit):
+        rank, vectors = owner.rank, ("up_bias", "before_weight", "before_bias", "after_weight", "after_bias")
+        return {"down": (rank, size_out), "up": (rank, size_out), "down_bias": (rank,), **dict.fromkeys(vectors, (size_out,))}
+    return {}

@@ -17,12 +17,17 @@ Rule = Callable[[Any], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method by its name in checkpoints, what it reduces to (for docs/PEFT.md), the rules of its config fields and its lowering."""
+    """A method by its name in checkpoints, what it reduces to (for docs/PEFT.md), the rules of its config fields and its lowering.
+
+    ``library`` is who writes such checkpoints: ``peft`` (the name is ``peft_type``), ``adapters`` (AdapterHub; its architecture) or
+    ``medley`` (``medley_type``: what no library has a format for, see docs/FORMATS.md).
+    """
 
     name: str
     summary: str
     fields: Mapping[str, Rule]
     lower: Callable[[Source, Base], Program]
+    library: str = "peft"
 
 
 def no_effect(_: Any) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec
 from server.adapters.faults import Fault, LoweringError
+from server.adapters.lower.checkpoint import Checkpoint
 
 _LITERAL = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 _MAX_PATTERNS = 4096
@@ -22,14 +23,15 @@ _MAX_FAULTS = 64
 class Source:
     """Config and tensors, grouped by site. ``take`` marks a tensor as used; what is left over at the end is a fault."""
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BaseSpec) -> None:
-        self.config = config
+    def __init__(self, checkpoint: Checkpoint, spec: BaseSpec) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
         self._spec = spec
         self._sites = spec.by_name()
         self._faults: list[Fault] = []
         self._by_site: dict[str, dict[str, tuple[str, Tensor]]] = {}
-        self._unmatched: list[str] = []
-        for key, tensor in tensors.items():
+        self._shared: dict[str, tuple[str, Tensor]] = {}
+        for key, tensor in checkpoint.tensors.items():
             self._file(key, tensor)
 
     @property
@@ -40,9 +42,27 @@ class Source:
     def has(self, site: str, tail: str) -> bool:
         return tail in self._by_site.get(site, {})
 
-    def take(self, site: str, tail: str, shape: tuple[int | None, ...] | None = None) -> Tensor | None:
-        """A site's tensor by the rest of its key, or None. A wrong shape is recorded and gives None too; None in ``shape`` is any size."""
-        found = self._by_site.get(site, {}).pop(tail, None)
+    def tails(self, site: str) -> tuple[str, ...]:
+        """What is left of the keys of a site's tensors after the site."""
+        return tuple(self._by_site.get(site, {}))
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of tensors that belong to no site: those of the method itself (``vera_A``, ``prompt_embeddings``), and of task heads."""
+        return tuple(self._shared)
+
+    def take_shared(self, name: str, shape: tuple[int | None, ...] | None = None, *, integers: bool = False) -> Tensor | None:
+        """``take`` for a tensor of ``shared``."""
+        return self._checked(self._shared.pop(name, None), shape, integers)
+
+    def take(self, site: str, tail: str, shape: tuple[int | None, ...] | None = None, *, integers: bool = False) -> Tensor | None:
+        """A site's tensor by the rest of its key, or None. A wrong shape is recorded and gives None too; None in ``shape`` is any size.
+
+        Tensors are floating point, or with ``integers`` integers, which are given as int64.
+        """
+        return self._checked(self._by_site.get(site, {}).pop(tail, None), shape, integers)
+
+    def _checked(self, found: tuple[str, Tensor] | None, shape: tuple[int | None, ...] | None, integers: bool) -> Tensor | None:
         if found is None:
             return None
         key, tensor = found
@@ -56,10 +76,11 @@ class Source:
                 str(tuple(tensor.shape)),
             )
             return None
-        if not tensor.is_floating_point():
-            self.fault("wrong_dtype", key, "the tensor must be floating point", found=str(tensor.dtype))
+        if tensor.is_floating_point() == integers:
+            wanted = "integers" if integers else "floating point"
+            self.fault("wrong_dtype", key, f"the tensor must be {wanted}", found=str(tensor.dtype))
             return None
-        return tensor
+        return tensor.long() if integers else tensor
 
     def fault(self, code: str, where: str, message: str, expected: str | None = None, found: str | None = None) -> None:
         self._faults.append(Fault(code, where, message, expected, found))
@@ -87,7 +108,10 @@ class Source:
 
     def check_all_used(self) -> None:
         """A tensor that nothing used would be silently ignored: refuse it."""
-        for key in self._unmatched:
+        # A layer and its attention hold modules; what belongs to neither of them by its own name belongs nowhere.
+        whole = [site for site in self._by_site if self._sites[site].kind in ("attention", "layer")]
+        lost = [key for site in whole for key, _ in self._by_site.pop(site).values()]
+        for key in [*(key for key, _ in self._shared.values()), *lost]:
             self.fault(
                 "unmatched_tensor", key[:200], f"the base model ({self._spec.family}) has no module that this tensor belongs to"
             )
@@ -141,7 +165,7 @@ class Source:
                     self.fault("duplicate_tensor", key[:200], "two tensors stand for the same thing", found=tails[tail][0][:200])
                 tails[tail] = (key, tensor)
                 return
-        self._unmatched.append(key)
+        self._shared[path] = (key, tensor)
 
     def _site(self, path: str) -> str | None:
         """A site by its path, also where a headless or a differently wrapped model was trained."""

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from server.adapters.faults import LoweringError
-from server.adapters.lower import REFUSED, lower, methods
+from server.adapters.lower import REFUSED, Checkpoint, lower, methods
 from server.adapters.lower.base import Base
 from tests.conftest import TinyModels
 from tests.harness import load_base_for_lowering
 from tests.parity.variants import VARIANTS, make_adapter
 
-Checkpoint = tuple[dict[str, Any], dict[str, Tensor]]
+Files = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +31,21 @@ def base(tiny_models: TinyModels) -> Base:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def checkpoint(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Files:
     path: Path = make_adapter(VARIANTS[0], "llama", tiny_models("llama"), tmp_path_factory.mktemp("adapter"))
     return json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
 
 
 def faults(config: dict[str, Any], tensors: dict[str, Tensor], base: Base, **limits: int) -> dict[str, str]:
     with pytest.raises(LoweringError) as caught:
-        lower(config, tensors, base, **limits)
+        lower(Checkpoint(config, tensors), base, **limits)
     return {fault.where: fault.code for fault in caught.value.faults}
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "NONSENSE", "", None, 3, "lora"])
-def test_unsupported_methods_say_what_is_supported(name: Any, base: Base, checkpoint: Checkpoint) -> None:
+def test_unsupported_methods_say_what_is_supported(name: Any, base: Base, checkpoint: Files) -> None:
     with pytest.raises(LoweringError) as caught:
-        lower({"peft_type": name}, checkpoint[1], base)
+        lower(Checkpoint({"peft_type": name}, checkpoint[1]), base)
     fault = caught.value.faults[0]
     assert fault.code == "unsupported_method"
     assert REFUSED.get(str(name), "LORA") in fault.message
@@ -61,18 +61,18 @@ def test_unsupported_methods_say_what_is_supported(name: Any, base: Base, checkp
         ("rank_pattern", {"(a+)+$": 4}), ("rank_pattern", [1]), ("alpha_pattern", {".*": 4}), ("alpha_pattern", {"q_proj": "x"}),
     ],
 )  # fmt: skip
-def test_fields_out_of_range_are_named(field: str, value: Any, base: Base, checkpoint: Checkpoint) -> None:
+def test_fields_out_of_range_are_named(field: str, value: Any, base: Base, checkpoint: Files) -> None:
     config, tensors = checkpoint
     found = faults({**config, field: value}, tensors, base)
     assert found[f"adapter_config.json: {field}"] == "unsupported_field"
 
 
-def test_unknown_fields_that_say_nothing_are_harmless(base: Base, checkpoint: Checkpoint) -> None:
+def test_unknown_fields_that_say_nothing_are_harmless(base: Base, checkpoint: Files) -> None:
     config, tensors = checkpoint
-    assert lower({**config, "new_option": None, "another": False, "empty": {}}, tensors, base).edits
+    assert lower(Checkpoint({**config, "new_option": None, "another": False, "empty": {}}, tensors), base).edits
 
 
-def test_all_tensor_faults_come_together(base: Base, checkpoint: Checkpoint) -> None:
+def test_all_tensor_faults_come_together(base: Base, checkpoint: Files) -> None:
     config, tensors = checkpoint
     keys = sorted(tensors)
     spoiled = dict(tensors)
@@ -86,12 +86,12 @@ def test_all_tensor_faults_come_together(base: Base, checkpoint: Checkpoint) -> 
     assert set(faults(config, only_extra, base).values()) == {"unmatched_tensor", "unused_tensor"}
 
 
-def test_rank_must_agree_with_the_config(base: Base, checkpoint: Checkpoint) -> None:
+def test_rank_must_agree_with_the_config(base: Base, checkpoint: Files) -> None:
     config, tensors = checkpoint
     assert set(faults({**config, "r": 5}, tensors, base).values()) == {"wrong_rank"}
 
 
-def test_overflow_and_size_are_refused(base: Base, checkpoint: Checkpoint) -> None:
+def test_overflow_and_size_are_refused(base: Base, checkpoint: Files) -> None:
     config, tensors = checkpoint
     huge = {key: tensor * 1e37 for key, tensor in tensors.items()}
     assert set(faults({**config, "lora_alpha": 1e6}, huge, base).values()) == {"non_finite"}
@@ -99,7 +99,7 @@ def test_overflow_and_size_are_refused(base: Base, checkpoint: Checkpoint) -> No
     assert set(faults(config, {}, base).values()) == {"empty_adapter"}
 
 
-def test_hostile_patterns_cost_nothing(base: Base, checkpoint: Checkpoint) -> None:
+def test_hostile_patterns_cost_nothing(base: Base, checkpoint: Files) -> None:
     config, tensors = checkpoint
     started = time.perf_counter()
     faults({**config, "rank_pattern": {"(x+x+)+y" * 20: 4}}, tensors, base)
@@ -116,11 +116,11 @@ JSON = st.recursive(
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_no_config_raises_anything_else(data: st.DataObject, base: Base, checkpoint: Checkpoint) -> None:
+def test_no_config_raises_anything_else(data: st.DataObject, base: Base, checkpoint: Files) -> None:
     config, tensors = checkpoint
-    name = data.draw(st.sampled_from(sorted(methods())))
-    fields = sorted({*config, *methods()[name].fields} - {"peft_type"})
+    name = data.draw(st.sampled_from(sorted(name for library, name in methods() if library == "peft")))
+    fields = sorted({*config, *methods()["peft", name].fields} - {"peft_type"})
     drawn = data.draw(st.dictionaries(st.sampled_from(fields) | st.text(max_size=8), JSON, max_size=5))
     chosen = data.draw(st.sets(st.sampled_from(sorted(tensors)), max_size=len(tensors)))
     with contextlib.suppress(LoweringError):
-        lower({**config, **drawn, "peft_type": name}, {key: tensors[key] for key in chosen}, base)
+        lower(Checkpoint({**config, **drawn, "peft_type": name}, {key: tensors[key] for key in chosen}), base)
