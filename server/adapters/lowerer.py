@@ -27,7 +27,7 @@ from server.adapters.identity import program_id
 
 _START_TIMEOUT_S = 120.0
 _COMPOSITE_BUDGET = 8
-"""Bytes of composite files, in largest programs. More than bank and host tier hold together: what leaves the disk has left them before."""
+"""Bytes of composite files, counted in programs of the largest size: what leaves the disk has most likely left the device before."""
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -136,8 +136,8 @@ class LowererClient:
     async def compose(self, parts: Sequence[tuple[str, float]], drop: int = 0) -> LoweredProgram:
         """The program of several adapters ``(digest, weight)`` together, without the edits of the first ``drop`` layers.
 
-        Their own programs must be there: ``ensure`` each of them first. One adapter with weight 1 and nothing left out is its own program.
-        Raises LoweringError, with the faults' code ``not_composable`` where they do not add up.
+        Their own programs must be there: ``ensure`` each of them first. Raises LoweringError, whose faults are ``not_composable`` where
+        the adapters do not add up.
         """
         name = program_id(tuple(parts), self._base_digest, drop=drop)
         return await self._once(name, lambda: self._compose(name, parts, drop))
@@ -167,11 +167,7 @@ class LowererClient:
         return await self._make(Job(str(config), str(weights), str(path), name))
 
     async def _compose(self, name: str, parts: Sequence[tuple[str, float]], drop: int) -> LoweredProgram:
-        if drop == 0 and len(parts) == 1 and parts[0][1] == 1.0:
-            path: Path | None = self._path(name)
-        else:
-            path = self._composites.find(name)
-        if path is not None:
+        if (path := self._composites.find(name)) is not None:
             return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
         ingredients = [Ingredient(digest, weight, str(self._path(self.program_id(digest)))) for digest, weight in parts]
         made = await self._make(Compose(ingredients, drop, str(self._composites.path(name)), name))

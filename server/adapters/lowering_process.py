@@ -26,7 +26,8 @@ from server.adapters.ir import BottleneckEdit, LinearEdit, Program
 from server.adapters.lower import Checkpoint, lower, method_of
 from server.adapters.lower.base import Base, BaseWeights
 from server.adapters.lowerer import Compose, Done, Job, Start
-from server.adapters.program_file import read_program, unpack_program, write_program
+from server.adapters.packed import unpack_program
+from server.adapters.program_file import read_program, write_program
 
 
 def main() -> None:

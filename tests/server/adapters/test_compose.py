@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from server.adapters.apply import StepEdits
 from server.adapters.bank import Bank
+from server.adapters.bottleneck import Streams, bottleneck_reference
 from server.adapters.compose import MAX_PARTS, Part, compose, drop_layers
 from server.adapters.faults import LoweringError
 from server.adapters.ir import (
@@ -36,7 +37,8 @@ from server.adapters.ir import (
     TaskHead,
 )
 from server.adapters.lower.base import Base
-from server.adapters.program_file import pack_program, read_program, unpack_program, write_program
+from server.adapters.packed import pack_program, unpack_program
+from server.adapters.program_file import read_program, write_program
 from server.adapters.sites import SiteState, attach
 from tests.conftest import TinyModels
 from tests.harness import load_base_for_lowering
@@ -391,6 +393,44 @@ def test_a_weight_is_folded_where_an_edit_is_linear_in_one_tensor(stand: Stand) 
     (changed,) = program.edits[LAYER]
     assert isinstance(changed, InterventionEdit)
     assert torch.equal(changed.project, moved.project * 0.5)
+
+
+STREAMS = ("sublayer", "residual", "sum", "normed")
+
+
+@st.composite
+def bottlenecks(draw: st.DrawFn) -> BottleneckEdit:
+    placement = Placement(
+        draw(st.sampled_from(("relu", "gelu", "linear"))),
+        draw(st.sampled_from(STREAMS)),  # type: ignore[arg-type]
+        draw(st.sampled_from(STREAMS)),  # type: ignore[arg-type]
+        draw(st.booleans()),
+        draw(st.sampled_from((False, False, False, True))),
+    )
+    pairs = [(R(32), R(32)) if draw(st.booleans()) else (None, None) for _ in range(3)]
+    return BottleneckEdit(
+        placement, R(2, 32), R(2, 32), None if pairs[0][0] is None else R(2), *pairs[0][:1], *pairs[1], *pairs[2]
+    )
+
+
+@many
+@given(chosen=st.lists(st.tuples(st.lists(bottlenecks(), min_size=1, max_size=2), WEIGHTS), min_size=1, max_size=3))
+def test_any_bottlenecks_are_exact_or_refused(chosen: list[tuple[list[BottleneckEdit], float]], stand: Stand) -> None:
+    parts = [part(DOWN, *edits, weight=weight) for edits, weight in chosen]
+    replacing = [weight for edits, weight in chosen if any(edit.placement.replaces for edit in edits)]
+    if replacing and (len(chosen) > 1 or replacing != [1.0]):
+        assert refused(parts, stand)[0] == DOWN
+        return
+    s, r = R(ROWS, 32), R(ROWS, 32)
+    streams = Streams(s, r, lambda: torch.tanh(s + r))
+
+    def joined(program: Program) -> Tensor:
+        return sum(
+            (bottleneck_reference(edit, streams) - s for edit in program.edits[DOWN] if isinstance(edit, BottleneckEdit)), s
+        )
+
+    expected = s + sum(weight * (joined(item.program) - s) for item, (_, weight) in zip(parts, chosen, strict=True))
+    torch.testing.assert_close(joined(compose(parts, stand.base)), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_prologues_follow_each_other_and_one_head_is_kept(stand: Stand) -> None:
