@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from server.adapters.apply import StepEdits
 from server.adapters.bank import Bank
 from server.adapters.bottleneck import Streams, bottleneck_reference
-from server.adapters.compose import MAX_PARTS, Part, compose, drop_layers
+from server.adapters.compose import Part, compose, drop_layers
 from server.adapters.faults import LoweringError
+from server.adapters.identity import MAX_ADAPTERS
 from server.adapters.ir import (
     BottleneckEdit,
     Edit,
@@ -318,7 +319,7 @@ RULES: dict[str, tuple[str, list[Part], str]] = {
         "cannot be combined",
     ),
     "no adapters": ("adapters", [], "one to 8"),
-    "too many adapters": ("adapters", [part(QUERY, LOW_RANK)] * (MAX_PARTS + 1), "one to 8"),
+    "too many adapters": ("adapters", [part(QUERY, LOW_RANK)] * (MAX_ADAPTERS + 1), "one to 8"),
     "a weight that is no number": ("adapters", [part(QUERY, LOW_RANK, weight=float("nan"))], "finite"),
     "a weight without bounds": ("adapters", [part(QUERY, LOW_RANK, weight=10.5)], "from -10 to 10"),
     "an overflow": (f"{QUERY}.shift", [part(QUERY, LinearEdit(shift=1e308 * torch.ones(32).double()), weight=5.0)], "overflows"),
