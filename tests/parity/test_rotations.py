@@ -1,0 +1,55 @@
+"""Methods that rotate inputs or pairs of outputs equal PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import BOFTConfig, OFTConfig, RoadConfig
+
+from tests.conftest import TinyModels
+from tests.parity.cases import DEFAULT_LINEARS, Case, check_case, linears
+
+# PEFT has no layers of these methods for GPT-2's Conv1D.
+PLAIN_LINEARS = ("llama", "qwen2")
+COMMON = {"task_type": "CAUSAL_LM"}
+
+CASES = (
+    Case("oft", lambda _: OFTConfig(oft_block_size=8, target_modules=DEFAULT_LINEARS, bias="oft_only", **COMMON), PLAIN_LINEARS, kept=(".bias",)),
+    Case(
+        "oft-shared",
+        lambda _: OFTConfig(
+            oft_block_size=4, block_share=True, num_cayley_neumann_terms=3, target_modules=DEFAULT_LINEARS, **COMMON
+        ),
+        PLAIN_LINEARS,
+    ),
+    Case("oft-exact", lambda _: OFTConfig(oft_block_size=16, use_cayley_neumann=False, target_modules=DEFAULT_LINEARS, **COMMON), PLAIN_LINEARS),
+    Case(
+        "oft-constrained",
+        lambda _: OFTConfig(oft_block_size=0, r=2, coft=True, eps=0.2, target_modules=["q_proj", "down_proj"], **COMMON),
+        PLAIN_LINEARS,
+    ),
+    Case(
+        "boft",
+        lambda family: BOFTConfig(
+            boft_block_size=8, boft_n_butterfly_factor=1, target_modules=linears(family), bias="boft_only", **COMMON
+        ),
+        kept=("boft_s", ".bias"),
+    ),
+    *(
+        Case(
+            variant,
+            lambda _, variant=variant: RoadConfig(variant=variant, group_size=8, target_modules=DEFAULT_LINEARS, **COMMON),
+            PLAIN_LINEARS,
+            kept=("road_alpha",),
+        )
+        for variant in ("road_1", "road_2", "road_4")
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "case"), [pytest.param(family, case, id=f"{family}-{case.name}") for case in CASES for family in case.families]
+)
+def test_equals_peft(family: str, case: Case, tiny_models: TinyModels, tmp_path: Path) -> None:
+    check_case(case, family, tiny_models(family), tmp_path)
