@@ -22,6 +22,9 @@ from peft import (
 from tests.conftest import TinyModels
 from tests.parity.cases import DEFAULT_LINEARS, Case, check_case, linears
 
+# PEFT warns of what it decides by itself: projections that are drawn again, weights that are stored transposed.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
 # PEFT has no layers of these methods for GPT-2's Conv1D.
 PLAIN_LINEARS = ("llama", "qwen2")
 WITH_BIASES = ("gpt2", "qwen2")
@@ -56,10 +59,18 @@ CASES = (
         scale=0.8,
     ),
     Case(
-        "loha", lambda _: LoHaConfig(r=3, alpha=9, target_modules=DEFAULT_LINEARS, **LORA_LIKE, **COMMON), PLAIN_LINEARS, scale=0.4
+        "loha",
+        lambda _: LoHaConfig(r=3, alpha=9, target_modules=DEFAULT_LINEARS, **LORA_LIKE, **COMMON),
+        PLAIN_LINEARS,
+        scale=0.4,
     ),
     # 8² ranks are more than these linears have: the dense difference is smaller.
-    Case("loha-dense", lambda _: LoHaConfig(r=8, alpha=8, target_modules=["q_proj", "down_proj"], **COMMON), PLAIN_LINEARS, scale=0.2),
+    Case(
+        "loha-dense",
+        lambda _: LoHaConfig(r=8, alpha=8, target_modules=["q_proj", "down_proj"], **COMMON),
+        PLAIN_LINEARS,
+        scale=0.2,
+    ),
     Case(
         "lokr",
         lambda _: LoKrConfig(r=16, alpha=8, target_modules=DEFAULT_LINEARS, **LORA_LIKE, **COMMON),
@@ -73,12 +84,27 @@ CASES = (
         PLAIN_LINEARS,
         scale=0.6,
     ),
-    Case("lokr-low-rank", lambda _: LoKrConfig(r=1, alpha=1, target_modules=["q_proj"], decompose_factor=1, **COMMON), PLAIN_LINEARS, scale=0.4),
-    Case("hra", lambda _: HRAConfig(r=5, target_modules=DEFAULT_LINEARS, bias="hra_only", **COMMON), PLAIN_LINEARS, kept=(".bias",)),
-    Case("hra-orthonormal", lambda _: HRAConfig(r=4, target_modules=["v_proj", "down_proj"], apply_GS=True, **COMMON), PLAIN_LINEARS),
+    Case(
+        "lokr-low-rank",
+        lambda _: LoKrConfig(r=1, alpha=1, target_modules=["q_proj"], decompose_factor=1, **COMMON),
+        PLAIN_LINEARS,
+        scale=0.4,
+    ),
+    Case(
+        "hra", lambda _: HRAConfig(r=5, target_modules=DEFAULT_LINEARS, bias="hra_only", **COMMON), PLAIN_LINEARS, kept=(".bias",)
+    ),
+    Case(
+        "hra-orthonormal",
+        lambda _: HRAConfig(r=4, target_modules=["v_proj", "down_proj"], apply_GS=True, **COMMON),
+        PLAIN_LINEARS,
+    ),
     # 5 does not divide the widths: the last block of inputs is a short one.
     Case("miss", lambda _: MissConfig(r=5, target_modules=DEFAULT_LINEARS, **COMMON), PLAIN_LINEARS),
-    Case("miss-mini", lambda _: MissConfig(r=4, mini_r=8, init_weights="mini", target_modules=DEFAULT_LINEARS, **COMMON), PLAIN_LINEARS),
+    Case(
+        "miss-mini",
+        lambda _: MissConfig(r=4, mini_r=8, init_weights="mini", target_modules=DEFAULT_LINEARS, **COMMON),
+        PLAIN_LINEARS,
+    ),
     Case("miss-bat", lambda _: MissConfig(r=4, init_weights="bat", target_modules=DEFAULT_LINEARS, **COMMON), PLAIN_LINEARS),
     Case(
         "vblora",
@@ -101,13 +127,20 @@ CASES = (
         PLAIN_LINEARS,
         kept=("delora_lambda",),
     ),
-    Case("gralora", lambda family: GraloraConfig(r=8, gralora_k=4, alpha=12, target_modules=linears(family), **COMMON), scale=0.2),
+    Case(
+        "gralora", lambda family: GraloraConfig(r=8, gralora_k=4, alpha=12, target_modules=linears(family), **COMMON), scale=0.2
+    ),
     Case(
         "gralora-hybrid",
         lambda family: GraloraConfig(r=6, gralora_k=2, hybrid_r=3, alpha=9, target_modules=some(family), **COMMON),
         scale=0.3,
     ),
-    Case("tinylora", lambda family: TinyLoraConfig(r=3, u=5, target_modules=linears(family), **COMMON), trained=("tinylora_v",), scale=0.4),
+    Case(
+        "tinylora",
+        lambda family: TinyLoraConfig(r=3, u=5, target_modules=linears(family), **COMMON),
+        trained=("tinylora_v",),
+        scale=0.4,
+    ),
     Case(
         "tinylora-drawn",
         lambda family: TinyLoraConfig(
@@ -136,7 +169,9 @@ CASES = (
     ),
     Case(
         "unilora-drawn",
-        lambda family: UniLoraConfig(r=4, theta_d_length=70, proj_seed=3, target_modules=some(family), layers_to_transform=[1], **COMMON),
+        lambda family: UniLoraConfig(
+            r=4, theta_d_length=70, proj_seed=3, target_modules=some(family), layers_to_transform=[1], **COMMON
+        ),
         scale=2.0,
     ),
 )

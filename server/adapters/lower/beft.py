@@ -10,10 +10,10 @@ from server.adapters.lower.wrapped import WRAPPED_FIELDS, Group, lower_groups
 
 
 def lower(source: Source, base: Base) -> Program:
-    def edit(program: Program, group: Group) -> None:
+    def lower_site(program: Program, group: Group) -> None:
         program.linear(group.site).shift = group["beft_bias"][0]
 
-    return lower_groups(source, base, "beft_", {"beft_bias": (1, "out")}, edit)
+    return lower_groups(source, base, "beft_", {"beft_bias": (1, "out")}, lower_site)
 
 
 METHOD = Method(name="BEFT", summary="a shift of the outputs", fields=WRAPPED_FIELDS, lower=lower)

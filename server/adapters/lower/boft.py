@@ -13,7 +13,7 @@ from server.adapters.lower.wrapped import WRAPPED_FIELDS, Group, lower_groups
 def lower(source: Source, base: Base) -> Program:
     """``boft_R (factors, blocks, b, b)``, ``boft_s (out, 1)``. The scale leaves the bias alone, so that the shift puts it back."""
 
-    def edit(program: Program, group: Group) -> None:
+    def lower_site(program: Program, group: Group) -> None:
         site, sizes = group.site, group.sizes
         if sizes["factors"] != 1:
             source.fault(
@@ -41,7 +41,7 @@ def lower(source: Source, base: Base) -> Program:
             bias = base.bias(site)
             edit.shift = bias - edit.out_scale * bias
 
-    return lower_groups(source, base, "boft_", {"boft_R": ("factors", "n", "b", "b"), "boft_s": ("out", 1)}, edit)
+    return lower_groups(source, base, "boft_", {"boft_R": ("factors", "n", "b", "b"), "boft_s": ("out", 1)}, lower_site)
 
 
 METHOD = Method(

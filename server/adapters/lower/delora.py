@@ -16,7 +16,7 @@ _LEAST_NORM = 1e-4
 def lower(source: Source, base: Base) -> Program:
     """Low rank; ``w_norm``, the norms of the columns of W at the start of training, is stored."""
 
-    def edit(program: Program, group: Group) -> None:
+    def lower_site(program: Program, group: Group) -> None:
         rank = group.sizes["r"]
         if module_rank(source, group.site, 8, rank) is None:
             return
@@ -28,7 +28,7 @@ def lower(source: Source, base: Base) -> Program:
         edit.up = (second * (group["delora_lambda"] / rank / norms)).T
 
     shapes: Shapes = {"delora_A": ("r", "in"), "delora_B": ("out", "r"), "delora_lambda": (1,), "delora_w_norm": ("in",)}
-    return lower_groups(source, base, "delora_", shapes, edit)
+    return lower_groups(source, base, "delora_", shapes, lower_site)
 
 
 METHOD = Method(

@@ -28,7 +28,7 @@ def lower(source: Source, base: Base) -> Program:
             blocks |= {"gralora_A_general.weight": (hybrid, "in"), "gralora_B_general.weight": ("out", hybrid)}
         return blocks
 
-    def edit(program: Program, group: Group) -> None:
+    def lower_site(program: Program, group: Group) -> None:
         spec, count = group.spec, group.sizes["k"]
         found = (count * group.sizes["block_out"], count * group.sizes["block_in"])
         if rank % count or found != (spec.out_features, spec.in_features):
@@ -48,7 +48,7 @@ def lower(source: Source, base: Base) -> Program:
         edit = program.linear(group.site)
         edit.down, edit.up = down, up * (alpha / (rank + hybrid))
 
-    return lower_groups(source, base, "gralora_", shapes, edit)
+    return lower_groups(source, base, "gralora_", shapes, lower_site)
 
 
 def _spell_out(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,10 @@ from server.adapters.lower.wrapped import MAX_RANK, WRAPPED_FIELDS, Group, lower
 
 def lower(source: Source, base: Base) -> Program:
     """``down = Uᵀ``, ``up = -(W U T)ᵀ``; with ``apply_GS`` U is made orthonormal first, and ``T = 2 I``."""
+    rank = source.config.get("r", 8)
 
-    def edit(program: Program, group: Group) -> None:
-        vectors, rank = group["hra_u"], group.sizes["r"]
+    def lower_site(program: Program, group: Group) -> None:
+        vectors = group["hra_u"]
         if rank > group.spec.in_features:
             source.fault("wrong_rank", group.site, "more reflections than inputs", str(group.spec.in_features), str(rank))
             return
@@ -34,7 +35,7 @@ def lower(source: Source, base: Base) -> Program:
         edit = program.linear(group.site)
         edit.down, edit.up = vectors.T, -(base.weight(group.site) @ mixed).T
 
-    return lower_groups(source, base, "hra_", {"hra_u": ("in", "r")}, edit)
+    return lower_groups(source, base, "hra_", {"hra_u": ("in", rank)}, lower_site)
 
 
 def _compact(vectors: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from server.adapters.lower.wrapped import MAX_RANK, WRAPPED_FIELDS, Group, lower
 def lower(source: Source, base: Base) -> Program:
     """Low rank ``r²`` or dense, whichever is smaller."""
 
-    def edit(program: Program, group: Group) -> None:
+    def lower_site(program: Program, group: Group) -> None:
         spec, rank = group.spec, group.sizes["r"]
         alpha = module_alpha(source, group.site, 8)
         if module_rank(source, group.site, 8, rank) is None:
@@ -33,7 +33,7 @@ def lower(source: Source, base: Base) -> Program:
         set_cheapest(source, program.linear(group.site), forms)
 
     shapes = {"hada_w1_a": ("out", "r"), "hada_w1_b": ("r", "in"), "hada_w2_a": ("out", "r"), "hada_w2_b": ("r", "in")}
-    return lower_groups(source, base, "hada_", shapes, edit)
+    return lower_groups(source, base, "hada_", shapes, lower_site)
 
 
 def _khatri_rao(first: Tensor, second: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def lower(source: Source, base: Base) -> Program:
     def shapes(spec: SiteSpec) -> Shapes:
         return _factor(source, spec, "lokr_w1", "a", "b") | _factor(source, spec, "lokr_w2", "c", "d")
 
-    def edit(program: Program, group: Group) -> None:
+    def lower_site(program: Program, group: Group) -> None:
         spec, sizes = group.spec, group.sizes
         # A whole w1 and w2 do not show the rank, and the scale divides by it all the same.
         rank = module_rank(source, group.site, 8, sizes.get("r"))
@@ -53,7 +53,7 @@ def lower(source: Source, base: Base) -> Program:
         )
         set_cheapest(source, program.linear(group.site), forms)
 
-    return lower_groups(source, base, "lokr_", shapes, edit)
+    return lower_groups(source, base, "lokr_", shapes, lower_site)
 
 
 def _factor(source: Source, spec: SiteSpec, name: str, rows: str, columns: str) -> dict[str, tuple[str, str]]:

@@ -19,10 +19,10 @@ def lower(source: Source, base: Base) -> Program:
 def lower_blocks(source: Source, base: Base, tail: str) -> Program:
     """By ``init_weights``, which names the variant: default ``(r, out)``; mini ``(r, mini_r)``, repeated over the outputs; bat
     ``(out / r, r, r)``, where every block of W changes by ``W_block M + M``."""
-    mode = source.config.get("init_weights", True)
+    mode, rank = source.config.get("init_weights", True), source.config.get("r", 64)
 
-    def edit(program: Program, group: Group) -> None:
-        spec, rank = group.spec, group.sizes["r"]
+    def lower_site(program: Program, group: Group) -> None:
+        spec = group.spec
         fits = rank <= spec.in_features
         if mode == "bat":
             fits = fits and group.sizes["n"] * rank == spec.out_features and spec.in_features % rank == 0
@@ -45,12 +45,12 @@ def lower_blocks(source: Source, base: Base, tail: str) -> Program:
             edit.down = (torch.arange(spec.in_features) % rank == torch.arange(rank)[:, None]).to(base.compute)
             edit.up = group[tail].repeat(1, spec.out_features // group[tail].shape[1])
 
-    shape: tuple[str | int, ...] = ("r", "out")
+    shape: tuple[str | int, ...] = (rank, "out")
     if mode == "bat":
-        shape = ("n", "r", "r")
+        shape = ("n", rank, rank)
     elif mode == "mini":
-        shape = ("r", source.config.get("mini_r", 1))
-    return lower_groups(source, base, tail, {tail: shape}, edit)
+        shape = (rank, source.config.get("mini_r", 1))
+    return lower_groups(source, base, tail, {tail: shape}, lower_site)
 
 
 def _bat(weight: Tensor, blocks: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ R comes from a skew matrix Q, whose strict upper triangle is stored: the Cayley 
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from server.adapters.lower.wrapped import WRAPPED_FIELDS, Group, lower_groups
 def lower(source: Source, base: Base) -> Program:
     """``oft_R.weight (blocks, b (b - 1) / 2)``; with ``block_share`` one block for all."""
 
-    def edit(program: Program, group: Group) -> None:
+    def lower_site(program: Program, group: Group) -> None:
         stored, width = group["oft_R.weight"], group.spec.in_features
         count, elements = stored.shape
         size = (1 + math.isqrt(1 + 8 * elements)) // 2
@@ -42,7 +43,10 @@ def lower(source: Source, base: Base) -> Program:
         else:
             program.linear(group.site).rotation = cayley(source, group.site, skew)
 
-    return lower_groups(source, base, "oft_R", {"oft_R.weight": ("n", "elements")}, edit)
+    program = lower_groups(source, base, "oft_R", {"oft_R.weight": ("n", "elements")}, lower_site)
+    if source.config.get("use_cayley_neumann", True) and _is_before_series_changed(source.config.get("peft_version")):
+        program.notes["rotation"] = "saved before PEFT 0.18, which changed the series; computed as PEFT 0.18 and later do"
+    return program
 
 
 def cayley(source: Source, site: str, skew: Tensor) -> Tensor | None:
@@ -54,6 +58,12 @@ def cayley(source: Source, site: str, skew: Tensor) -> Tensor | None:
         source.fault("non_finite", site, "the rotation cannot be computed from numbers as large as these")
         return None
     return rotation
+
+
+def _is_before_series_changed(version: object) -> bool:
+    """Configs name PEFT's version since 0.18."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
+    return found is None or (int(found[1]), int(found[2])) < (0, 18)
 
 
 def _skew(upper: Tensor, size: int) -> Tensor:

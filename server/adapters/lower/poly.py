@@ -24,7 +24,7 @@ def lower(source: Source, base: Base) -> Program:
     """Low rank, mixed for the only task."""
     rank, skills, splits = (source.config.get(*item) for item in (("r", 8), ("n_skills", 4), ("n_splits", 1)))
 
-    def edit(program: Program, group: Group) -> None:
+    def lower_site(program: Program, group: Group) -> None:
         spec, sizes = group.spec, group.sizes
         found = (splits * sizes["part_out"], splits * sizes["part_in"])
         if found != (spec.out_features, spec.in_features):
@@ -48,7 +48,7 @@ def lower(source: Source, base: Base) -> Program:
         "poly_lora_B": (splits, skills, rank, "part_out"),
         _ROUTER: (1, splits * skills),
     }
-    return lower_groups(source, base, "poly_", shapes, edit)
+    return lower_groups(source, base, "poly_", shapes, lower_site)
 
 
 def _one_task(value: Any) -> str | None:

@@ -20,7 +20,7 @@ def lower(source: Source, base: Base) -> Program:
     """An output scale c₁ and pairs with c₂."""
     variant, size = source.config.get("variant", "road_1"), source.config.get("group_size", 64)
 
-    def edit(program: Program, group: Group) -> None:
+    def lower_site(program: Program, group: Group) -> None:
         outputs = group.spec.out_features
         if outputs % size or group.sizes["n"] != outputs * _PER_OUTPUT[variant]:
             source.fault(
@@ -35,7 +35,7 @@ def lower(source: Source, base: Base) -> Program:
         edit.out_scale, edit.pair_scale = _columns(variant, size, group["road_theta"], group["road_alpha"])
         edit.pair_group = size
 
-    return lower_groups(source, base, "road_", {"road_theta": ("n",), "road_alpha": ("n",)}, edit)
+    return lower_groups(source, base, "road_", {"road_theta": ("n",), "road_alpha": ("n",)}, lower_site)
 
 
 def _columns(variant: str, size: int, theta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec
@@ -18,6 +19,7 @@ from server.adapters.lower.checkpoint import Checkpoint
 _LITERAL = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 _MAX_PATTERNS = 4096
 _MAX_FAULTS = 64
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Source:
@@ -77,7 +79,7 @@ class Source:
                 str(tuple(tensor.shape)),
             )
             return None
-        if tensor.is_floating_point() == integers:
+        if not (tensor.dtype in _INTEGERS if integers else tensor.is_floating_point()):
             wanted = "integers" if integers else "floating point"
             self.fault("wrong_dtype", key, f"the tensor must be {wanted}", found=str(tensor.dtype))
             return None

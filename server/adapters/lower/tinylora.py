@@ -1,4 +1,4 @@
-"""TinyLoRA (Morris et al. 2026) as PEFT stores it: ``Δ = B (Σ v_i P_i) A`` with A and B from the SVD of W, both stored.
+"""TinyLoRA ("Learning to Reason in 13 Parameters", 2026) as PEFT stores it: ``Δ = B (Σ v_i P_i) A`` with A and B from the SVD of W, both stored.
 
 The vectors v are shared by groups of modules; the random P ``(u, r, r)`` of a module is stored, or drawn again from a seed of its own.
 """
@@ -13,7 +13,16 @@ from server.adapters.ir import Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, boolean, integer, no_effect, number
 from server.adapters.lower.source import Source
-from server.adapters.lower.wrapped import LINEARS, MAX_RANK, WRAPPED_FIELDS, Group, Shapes, tensor_groups, with_saved_modules
+from server.adapters.lower.wrapped import (
+    LINEARS,
+    MAX_RANK,
+    WRAPPED_FIELDS,
+    Group,
+    Shapes,
+    shared_tensor,
+    tensor_groups,
+    with_saved_modules,
+)
 
 
 def lower(source: Source, base: Base) -> Program:
@@ -22,11 +31,12 @@ def lower(source: Source, base: Base) -> Program:
     stored = source.config.get("save_projection", True)
 
     def shapes(spec: SiteSpec) -> Shapes:
-        matrices = {"tinylora_A": ("r", "in"), "tinylora_B": ("out", "r")}
-        if spec.kind == "embedding":
-            matrices = {"tinylora_A": ("r", "out"), "tinylora_B": ("in", "r")}
+        wide, narrow = ("out", "in") if spec.kind == "embedding" else ("in", "out")
+        found: dict[str, tuple[str | int, ...]] = {"tinylora_A": ("r", wide), "tinylora_B": (narrow, "r")}
         # PEFT draws them again, too, where they should be stored and are not.
-        return {**matrices, "tinylora_P": ("u", "r", "r")} if stored and source.has(spec.name, "tinylora_P") else matrices
+        if stored and source.has(spec.name, "tinylora_P"):
+            found["tinylora_P"] = (source.config.get("u", 64), "r", "r")
+        return found
 
     groups = list(tensor_groups(source, base, "tinylora_", shapes, kinds=(*LINEARS, "embedding")))
     vectors = _vectors(source, len(groups))
@@ -34,10 +44,7 @@ def lower(source: Source, base: Base) -> Program:
         return program
     for index, group in enumerate(groups):
         vector = vectors[index].to(base.compute)
-        projection = _projection(source, group, index, vector.shape[0])
-        if projection is None:
-            continue
-        mixed = torch.tensordot(vector, projection.to(base.compute), dims=1)
+        mixed = torch.tensordot(vector, _projection(source, group, index).to(base.compute), dims=1)
         if group.spec.kind == "embedding":
             embed = program.embed(group.site)
             embed.down, embed.up = group["tinylora_B"] @ mixed, group["tinylora_A"]
@@ -54,30 +61,18 @@ def _vectors(source: Source, count: int) -> list[Tensor] | None:
     owners = [min(index // size, distinct - 1) for index in range(count)]
     found: dict[int, Tensor] = {}
     for owner in sorted(set(owners)):
-        vector = source.take_shared(f"tinylora_v.{owner}", (None,))
-        if vector is None or not vector.numel():
-            source.fault(
-                "missing_tensor", f"base_model.tinylora_v.{owner}", f"{count} modules with this weight_tying need this vector"
-            )
+        vector = shared_tensor(source, f"tinylora_v.{owner}", (source.config.get("u", 64),))
+        if vector is None:
             return None
         found[owner] = vector
     return [found[owner] for owner in owners]
 
 
-def _projection(source: Source, group: Group, index: int, length: int) -> Tensor | None:
-    """P ``(length, r, r)`` of the ``index``-th module, stored or as PEFT draws it: normal, with the deviation ``1 / sqrt(r)``."""
-    rank = group.sizes["r"]
+def _projection(source: Source, group: Group, index: int) -> Tensor:
+    """P ``(u, r, r)`` of the ``index``-th module, stored or as PEFT draws it: normal, with the deviation ``1 / sqrt(r)``."""
+    rank, length = group.sizes["r"], source.config.get("u", 64)
     if "tinylora_P" in group.tensors:
-        if group.sizes["u"] == length:
-            return group["tinylora_P"]
-        source.fault(
-            "wrong_shape",
-            f"{group.site}.tinylora_P",
-            "its length is not that of the vector v",
-            str(length),
-            str(group.sizes["u"]),
-        )
-        return None
+        return group["tinylora_P"]
     source.reserve(length * rank * rank)
     generator = torch.Generator().manual_seed(source.config.get("projection_seed", 42) + index)
     return torch.normal(0.0, 1.0 / rank**0.5, (length, rank, rank), generator=generator, dtype=torch.float32)
@@ -91,9 +86,9 @@ METHOD = Method(
         "weight_tying": number(0.0, 1.0),
         "projection_seed": integer(0, 2**62),
         "save_projection": boolean,
-        # The tensors show these.
-        "r": integer(1, MAX_RANK),
         "u": integer(1, MAX_RANK),
+        # Narrow modules have fewer ranks than this; the tensors show them.
+        "r": integer(1, MAX_RANK),
         "init_v_bound": no_effect,
         "tinylora_dropout": no_effect,
     },

@@ -18,7 +18,7 @@ from server.adapters.ir import Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, boolean, integer, no_effect
 from server.adapters.lower.source import Source
-from server.adapters.lower.wrapped import LINEARS, MAX_RANK, WRAPPED_FIELDS, tensor_groups, with_saved_modules
+from server.adapters.lower.wrapped import LINEARS, MAX_RANK, WRAPPED_FIELDS, shared_tensor, tensor_groups, with_saved_modules
 
 _THETA = "unilora_theta_d"
 
@@ -26,9 +26,8 @@ _THETA = "unilora_theta_d"
 def lower(source: Source, base: Base) -> Program:
     """Low rank: ``A = theta[indices_A] * scales_A``, B the same."""
     program = Program()
-    theta = source.take_shared(_THETA, (None,))
-    if theta is None or not theta.numel():
-        source.fault("missing_tensor", f"base_model.{_THETA}", "a vector of at least one number is needed")
+    theta = shared_tensor(source, _THETA, (source.config.get("theta_d_length", 256),))
+    if theta is None:
         return program
     theta = theta.to(base.compute)
     matrices = _stored if source.config.get("save_indices", False) else _drawn
@@ -54,9 +53,6 @@ def _stored(source: Source, base: Base, theta: Tensor) -> Iterator[tuple[SiteSpe
 def _drawn(source: Source, base: Base, theta: Tensor) -> Iterator[tuple[SiteSpec, Tensor, Tensor]]:
     """The same, drawn as PEFT does: every index as often as any other, or once more, shuffled; a scale is ``1 / sqrt`` of how often."""
     rank, length = source.config.get("r", 4), theta.numel()
-    if source.config.get("theta_d_length", 256) != length:
-        source.field_fault("theta_d_length", f"{_THETA} has another length", str(length))
-        return
     specs = _targeted(source, base)
     total = sum(rank * (spec.in_features + spec.out_features) for spec in specs)
     source.reserve(total)

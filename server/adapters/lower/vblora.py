@@ -14,27 +14,36 @@ from server.adapters.ir import Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, boolean, integer, no_effect
 from server.adapters.lower.source import Source
-from server.adapters.lower.wrapped import MAX_RANK, WRAPPED_FIELDS, Group, Shapes, tensor_groups, with_saved_modules
+from server.adapters.lower.wrapped import (
+    MAX_RANK,
+    WRAPPED_FIELDS,
+    Group,
+    Shapes,
+    shared_tensor,
+    tensor_groups,
+    with_saved_modules,
+)
 
-_BANK = "vblora_vector_bank"
 _INDICES = frozenset({"vblora_logits_A_topk_indices", "vblora_logits_B_topk_indices"})
 
 
 def lower(source: Source, base: Base) -> Program:
     """Low rank; the bank is spelt out."""
     program = Program()
-    bank = source.take_shared(_BANK, (None, None))
-    topk = source.config.get("topk", 2)
-    if bank is None or not bank.numel() or topk > bank.shape[0]:
-        source.fault("missing_tensor", f"base_model.{_BANK}", "a bank of at least topk vectors is needed", f"topk={topk}")
+    rank, topk = source.config.get("r", 4), source.config.get("topk", 2)
+    count, length = source.config.get("num_vectors", 256), source.config.get("vector_length", 256)
+    bank = shared_tensor(source, "vblora_vector_bank", (count, length))
+    if bank is None:
+        return program
+    if topk > count:
+        source.field_fault("topk", "more vectors than the bank has", f"at most {count}")
         return program
     bank = bank.to(base.compute)
-    count, length = bank.shape
     is_short = source.config.get("save_only_topk_weights", False)
 
     def shapes(spec: SiteSpec) -> Shapes:
         found: dict[str, tuple[str | int, ...]] = {}
-        for side, pieces in (("A", ("r", spec.in_features // length)), ("B", (spec.out_features // length, "r"))):
+        for side, pieces in (("A", (rank, spec.in_features // length)), ("B", (spec.out_features // length, rank))):
             if is_short:
                 found[f"vblora_logits_{side}_topk_indices"] = (*pieces, topk)
                 if topk > 1:
@@ -48,7 +57,7 @@ def lower(source: Source, base: Base) -> Program:
         if spec.in_features % length or spec.out_features % length:
             source.fault("wrong_shape", group.site, f"the bank's vectors of {length} numbers do not divide the module")
             continue
-        source.reserve(group.sizes["r"] * (spec.in_features + spec.out_features))
+        source.reserve(rank * (spec.in_features + spec.out_features))
         pieces = [_pieces(source, group, f"vblora_logits_{side}", bank, topk) for side in ("A", "B")]
         if pieces[0] is not None and pieces[1] is not None:
             edit = program.linear(group.site)
@@ -84,10 +93,9 @@ METHOD = Method(
         **WRAPPED_FIELDS,
         "topk": integer(1, 4096),
         "save_only_topk_weights": boolean,
-        # The tensors show these.
         "r": integer(1, MAX_RANK),
-        "num_vectors": no_effect,
-        "vector_length": no_effect,
+        "num_vectors": integer(1, 1 << 31),
+        "vector_length": integer(1, 1 << 20),
         "vblora_dropout": no_effect,
         "init_vector_bank_bound": no_effect,
         "init_logits_std": no_effect,

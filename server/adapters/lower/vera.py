@@ -12,7 +12,7 @@ from server.adapters.ir import Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, boolean, integer, no_effect
 from server.adapters.lower.source import Source
-from server.adapters.lower.wrapped import MAX_RANK, WRAPPED_FIELDS, tensor_groups, with_saved_modules
+from server.adapters.lower.wrapped import MAX_RANK, WRAPPED_FIELDS, shared_tensor, tensor_groups, with_saved_modules
 
 
 def lower(source: Source, base: Base) -> Program:
@@ -43,15 +43,8 @@ def _projections(source: Source, prefix: str, first: tuple[int, int], second: tu
     """A and B, of these shapes: as stored, or as PEFT draws them on the CPU from ``projection_prng_key``, A before B."""
     names = (f"{prefix}_A", f"{prefix}_B")
     if source.config.get("save_projection", True):
-        stored_first, stored_second = (
-            source.take_shared(name, shape) for name, shape in zip(names, (first, second), strict=True)
-        )
-        if stored_first is None or stored_second is None:
-            source.fault(
-                "missing_tensor", f"base_model.{names[0]}", f"{names[0]} {first} and {names[1]} {second} are needed", str(first)
-            )
-            return None
-        return stored_first, stored_second
+        stored = [shared_tensor(source, name, shape) for name, shape in zip(names, (first, second), strict=True)]
+        return None if stored[0] is None or stored[1] is None else (stored[0], stored[1])
     source.reserve(first[0] * first[1] + second[0] * second[1])
     generator = torch.Generator().manual_seed(source.config.get("projection_prng_key", 0))
     return (

@@ -88,12 +88,16 @@ def tensor_groups(
 
 
 def lower_groups(
-    source: Source, base: Base, prefix: str, shapes: Shapes | Callable[[SiteSpec], Shapes], edit: Callable[[Program, Group], None]
+    source: Source,
+    base: Base,
+    prefix: str,
+    shapes: Shapes | Callable[[SiteSpec], Shapes],
+    lower_site: Callable[[Program, Group], None],
 ) -> Program:
-    """A whole checkpoint of a method that treats each site by itself: ``edit`` for every group, then biases and replaced modules."""
+    """A whole checkpoint of a method that treats each site by itself: ``lower_site`` for every group, then biases and replaced modules."""
     program = Program()
     for group in tensor_groups(source, base, prefix, shapes):
-        edit(program, group)
+        lower_site(program, group)
     return with_saved_modules(source, base, program)
 
 
@@ -102,6 +106,13 @@ def with_saved_modules(source: Source, base: Base, program: Program) -> Program:
     lower_biases(source, base, program)
     lower_replaced_modules(source, base, program)
     return program
+
+
+def shared_tensor(source: Source, name: str, shape: tuple[int | None, ...]) -> Tensor | None:
+    """A tensor of the method itself, which belongs to no site. When it is missing, or does not fit, a fault and None."""
+    if name not in source.shared:
+        source.fault("missing_tensor", f"base_model.{name}", "the checkpoint is incomplete without this tensor", str(shape))
+    return source.take_shared(name, shape)
 
 
 def module_rank(source: Source, site: str, default: int, stored: int | None = None) -> int | None:
