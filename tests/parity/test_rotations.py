@@ -15,6 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 # PEFT has no layers of these methods for GPT-2's Conv1D.
 PLAIN_LINEARS = ("llama", "qwen2")
+# Variants of a method that other cases show to fit every family.
+ONE_IS_ENOUGH = ("llama",)
 COMMON = {"task_type": "CAUSAL_LM"}
 
 CASES = (
@@ -29,17 +31,17 @@ CASES = (
         lambda _: OFTConfig(
             oft_block_size=4, block_share=True, num_cayley_neumann_terms=3, target_modules=DEFAULT_LINEARS, **COMMON
         ),
-        PLAIN_LINEARS,
+        ONE_IS_ENOUGH,
     ),
     Case(
         "oft-exact",
         lambda _: OFTConfig(oft_block_size=16, use_cayley_neumann=False, target_modules=DEFAULT_LINEARS, **COMMON),
-        PLAIN_LINEARS,
+        ONE_IS_ENOUGH,
     ),
     Case(
         "oft-constrained",
         lambda _: OFTConfig(oft_block_size=0, r=2, coft=True, eps=0.2, target_modules=["q_proj", "down_proj"], **COMMON),
-        PLAIN_LINEARS,
+        ONE_IS_ENOUGH,
     ),
     Case(
         "boft",
@@ -49,6 +51,13 @@ CASES = (
         PLAIN_LINEARS,
         kept=("boft_s", ".bias"),
     ),
+    Case(
+        "road-head",
+        lambda _: RoadConfig(group_size=32, target_modules=["lm_head", "q_proj"], **COMMON),
+        PLAIN_LINEARS,
+        kept=("road_alpha",),
+    ),
+    Case("oft-head", lambda _: OFTConfig(oft_block_size=8, target_modules=["lm_head", "q_proj"], **COMMON), PLAIN_LINEARS),
     *(
         Case(
             variant,

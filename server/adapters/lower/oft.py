@@ -43,7 +43,7 @@ def lower(source: Source, base: Base) -> Program:
         else:
             program.linear(group.site).rotation = cayley(source, group.site, skew)
 
-    program = lower_groups(source, base, "oft_R", {"oft_R.weight": ("n", "elements")}, lower_site)
+    program = lower_groups(source, base, "oft_", {"oft_R.weight": ("n", "elements")}, lower_site)
     if source.config.get("use_cayley_neumann", True) and _is_before_series_changed(source.config.get("peft_version")):
         program.notes["rotation"] = "saved before PEFT 0.18, which changed the series; computed as PEFT 0.18 and later do"
     return program

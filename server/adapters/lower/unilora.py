@@ -6,6 +6,7 @@ which modules those are: ``target_modules`` does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from server.adapters.lower.source import Source
 from server.adapters.lower.wrapped import LINEARS, MAX_RANK, WRAPPED_FIELDS, shared_tensor, tensor_groups, with_saved_modules
 
 _THETA = "unilora_theta_d"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]{1,256}")
 
 
 def lower(source: Source, base: Base) -> Program:
@@ -73,27 +75,30 @@ def _drawn(source: Source, base: Base, theta: Tensor) -> Iterator[tuple[SiteSpec
 
 
 def _targeted(source: Source, base: Base) -> list[SiteSpec]:
-    """The linears that ``target_modules`` and ``layers_to_transform`` name, in the base's order, by PEFT's rule for lists of names."""
+    """The linears that ``target_modules`` and ``layers_to_transform`` name, in the base's order, by PEFT's rule for lists of names.
+
+    PEFT reads the names in ``modules_to_save`` as regular expressions, which are never run here; what they name is no target.
+    """
     layers: Any = source.config.get("layers_to_transform")
     names: Any = source.config.get("target_modules")
     saved: Any = source.config.get("modules_to_save") or []
-    for field, value, text in (
-        ("target_modules", names, "a list of module names"),
-        ("modules_to_save", saved, "a list of names"),
-    ):
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            source.field_fault(field, "without stored indices, this must say which modules are meant, without expressions", text)
+    for field, value in (("target_modules", names), ("modules_to_save", saved)):
+        if not isinstance(value, list) or not all(isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in value):
+            source.field_fault(
+                field, "without stored indices, the config must say which modules are meant", "a list of plain names"
+            )
             return []
-    chosen = [spec for spec in base.spec.sites if spec.kind in LINEARS and _named(spec.name, names)]
-    chosen = [spec for spec in chosen if not _named(spec.name, saved)]
+    chosen = [
+        spec
+        for spec in base.spec.sites
+        if spec.kind in LINEARS
+        and any(f".{spec.name}".endswith(f".{name}") for name in names)
+        and not any(f".{name}." in f".{spec.name}." for name in saved)
+    ]
     if layers in (None, []):
         return chosen
     wanted = layers if isinstance(layers, list) else [layers]
     return [spec for spec in chosen if spec.name in names or spec.layer in wanted]
-
-
-def _named(site: str, names: list[str]) -> bool:
-    return any(f".{site}".endswith(f".{name}") for name in names)
 
 
 def _no_pattern(value: Any) -> str | None:

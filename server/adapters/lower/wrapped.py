@@ -67,10 +67,12 @@ def tensor_groups(
     sizes: Mapping[str, int] | None = None,
     integers: frozenset[str] = frozenset(),
     kinds: tuple[SiteKind, ...] = LINEARS,
+    may_be_empty: bool = False,
 ) -> Iterator[Group]:
     """The group of every site that has a tensor whose key ends with ``prefix…``, in the base's order.
 
-    ``sizes`` are letters whose size is known beforehand; ``integers`` are tensors of integers. A site whose group is incomplete, does
+    ``sizes`` are letters whose size is known beforehand; ``integers`` are tensors of integers. Empty tensors are refused unless
+    they ``may_be_empty``. A site whose group is incomplete, does
     not fit, or stands at a module of another kind is a fault and is left out.
     """
     specs = base.spec.by_name()
@@ -79,10 +81,10 @@ def tensor_groups(
             continue
         spec = specs[site]
         if spec.kind not in kinds:
-            source.fault("wrong_module", site, f"{prefix}* on a {spec.kind} is not served")
+            source.fault("wrong_module", site, f"{prefix}… is not served on a module of the kind {spec.kind}")
             continue
         wanted = shapes(spec) if callable(shapes) else shapes
-        group = _take(source, base, spec, wanted, dict(sizes or {}), integers)
+        group = _take(source, base, spec, wanted, dict(sizes or {}), integers, may_be_empty)
         if group is not None:
             yield group
 
@@ -140,7 +142,13 @@ def module_alpha(source: Source, site: str, default: float) -> float:
 
 
 def _take(
-    source: Source, base: Base, spec: SiteSpec, shapes: Shapes, sizes: dict[str, int], integers: frozenset[str]
+    source: Source,
+    base: Base,
+    spec: SiteSpec,
+    shapes: Shapes,
+    sizes: dict[str, int],
+    integers: frozenset[str],
+    may_be_empty: bool,
 ) -> Group | None:
     sizes |= {"in": spec.in_features, "out": spec.out_features}
     found: dict[str, Tensor] = {}
@@ -152,7 +160,7 @@ def _take(
         tensor = source.take(spec.name, tail, (None,) * len(shape), integers=tail in integers)
         if tensor is None:
             continue
-        if not _fits(tensor, shape, sizes):
+        if not _fits(tensor, shape, sizes) or not (tensor.numel() or may_be_empty):
             expected = ", ".join(f"{size}={sizes[size]}" if size in sizes else str(size) for size in map(str, shape))
             source.fault(
                 "wrong_shape",
@@ -167,10 +175,10 @@ def _take(
 
 
 def _fits(tensor: Tensor, shape: tuple[str | int, ...], sizes: dict[str, int]) -> bool:
-    """Whether a tensor, not an empty one, has a shape; letters met for the first time take their sizes from it."""
+    """Whether a tensor has a shape; letters met for the first time take their sizes from it."""
     known = dict(sizes)
     for size, actual in zip(shape, tensor.shape, strict=True):
-        if not actual or (known.setdefault(size, actual) if isinstance(size, str) else size) != actual:
+        if (known.setdefault(size, actual) if isinstance(size, str) else size) != actual:
             return False
     sizes |= known
     return True
