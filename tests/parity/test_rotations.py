@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from peft import BOFTConfig, OFTConfig, RoadConfig
+from peft.tuners.boft import layer as boft_layer
+from torch import Tensor
 
 from tests.conftest import TinyModels
 from tests.parity.cases import DEFAULT_LINEARS, Case, check_case
@@ -74,4 +77,24 @@ CASES = (
     ("family", "case"), [pytest.param(family, case, id=f"{family}-{case.name}") for case in CASES for family in case.families]
 )
 def test_equals_peft(family: str, case: Case, tiny_models: TinyModels, tmp_path: Path) -> None:
+    check_case(case, family, tiny_models(family), tmp_path)
+
+
+class _BlockDiagonal:
+    """What PEFT's extension for CUDA computes: ``(N, blocks, b, b)`` → ``(N, blocks * b, blocks * b)``."""
+
+    @staticmethod
+    def apply(blocks: Tensor) -> Tensor:
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+@pytest.mark.parametrize(("family", "factors"), [("llama", 3), ("qwen2", 2)])
+def test_butterfly_factors_equal_peft(
+    family: str, factors: int, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: _BlockDiagonal)
+    monkeypatch.setattr(boft_layer, "FastBlockDiag", _BlockDiagonal)
+    # Widths of 32 and 48 in 8 and 12 blocks of 4.
+    config = BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=factors, target_modules=DEFAULT_LINEARS, **COMMON)
+    case = Case(f"boft-{factors}", lambda _: config, kept=("boft_s",), scale=0.3)
     check_case(case, family, tiny_models(family), tmp_path)

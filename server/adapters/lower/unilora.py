@@ -17,7 +17,7 @@ from torch import Tensor
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import Program
 from server.adapters.lower.base import Base
-from server.adapters.lower.method import Method, boolean, integer, no_effect
+from server.adapters.lower.method import Method, boolean, integer, no_effect, only
 from server.adapters.lower.source import Source
 from server.adapters.lower.wrapped import LINEARS, MAX_RANK, WRAPPED_FIELDS, shared_tensor, tensor_groups, with_saved_modules
 
@@ -116,6 +116,7 @@ METHOD = Method(
         "theta_d_length": integer(1, 1 << 28),
         "save_indices": boolean,
         "layers_pattern": _no_pattern,
+        "exclude_modules": only(None),
         "unilora_dropout": no_effect,
         "init_theta_d_bound": no_effect,
     },

@@ -145,12 +145,15 @@ def test_ranks_must_agree_with_the_config(name: str, field: str, value: Any, bas
     assert set(faults({**config, field: value}, tensors, base).values()) == {"wrong_rank"}
 
 
-def test_several_tasks_and_butterfly_factors_are_refused(base: Base, files: GetFiles) -> None:
+def test_several_tasks_are_refused(base: Base) -> None:
     found = faults({"peft_type": "POLY", "n_tasks": 3}, {"x": torch.ones(1)}, base)
     assert found == {"adapter_config.json: n_tasks": "unsupported_field"}
-    config, tensors = files("boft")
-    twice = {key: torch.cat([tensor, tensor]) if key.endswith("boft_R") else tensor for key, tensor in tensors.items()}
-    assert set(faults(config, twice, base).values()) == {"wrong_shape"}
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 8, 8), (1, 3, 8, 8), (2, 32, 1, 1), (70, 4, 8, 8)])
+def test_butterfly_factors_must_divide_the_inputs(shape: tuple[int, ...], base: Base) -> None:
+    tensors = {f"{SITE}.boft_R": torch.zeros(shape), f"{SITE}.boft_s": torch.ones(32, 1)}
+    assert faults({"peft_type": "BOFT"}, tensors, base) == {f"{SITE.removeprefix('base_model.model.')}.boft_R": "wrong_shape"}
 
 
 def test_oft_from_before_the_series_changed_says_so(base: Base, files: GetFiles) -> None:
