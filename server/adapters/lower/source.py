@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec
@@ -18,12 +19,14 @@ from server.adapters.lower.checkpoint import Checkpoint
 _LITERAL = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 _MAX_PATTERNS = 4096
 _MAX_FAULTS = 64
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Source:
     """Config and tensors, grouped by site. ``take`` marks a tensor as used; what is left over at the end is a fault."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: BaseSpec) -> None:
+    def __init__(self, checkpoint: Checkpoint, spec: BaseSpec, max_numbers: int = 1 << 28) -> None:
+        self._max_numbers = self._left = max_numbers
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self._spec = spec
@@ -76,7 +79,7 @@ class Source:
                 str(tuple(tensor.shape)),
             )
             return None
-        if tensor.is_floating_point() == integers:
+        if not (tensor.dtype in _INTEGERS if integers else tensor.is_floating_point()):
             wanted = "integers" if integers else "floating point"
             self.fault("wrong_dtype", key, f"the tensor must be {wanted}", found=str(tensor.dtype))
             return None
@@ -88,6 +91,17 @@ class Source:
     def field_fault(self, field: str, message: str, expected: str | None = None) -> None:
         found = repr(self.config.get(field))
         self.fault("unsupported_field", f"adapter_config.json: {field}", message, expected, found[:120])
+
+    def reserve(self, count: int) -> None:
+        """Announce ``count`` numbers of the program that are about to be made: a few stored ones can stand for very many.
+
+        Raises LoweringError when the program would be larger than ``max_numbers`` in all.
+        """
+        self._left -= count
+        if self._left < 0:
+            expected = f"at most {self._max_numbers} numbers"
+            self.fault("program_too_large", "adapter", "the lowered adapter would be too large", expected)
+            self.stop_if_faulty()
 
     def stop_if_faulty(self) -> None:
         """Raise LoweringError with what was found so far, if anything."""
