@@ -17,15 +17,23 @@ from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec
 
 
-class SiteState:
-    """What all sites of one model share: the bank, and the edits of the step that is being run (None: none)."""
+Replaced = tuple[int, int, Tensor]
+"""Rows ``[start, end)`` of a site's output are these instead: (start, end, rows)."""
 
-    __slots__ = ("bank", "edits", "head_edits")
+
+class SiteState:
+    """What all sites of one model share: the bank, and the edits of the step that is being run (None: none).
+
+    ``virtual`` are the step's virtual tokens by the site whose output they stand for; only programs have any.
+    """
+
+    __slots__ = ("bank", "edits", "head_edits", "virtual")
 
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
         self.edits: StepEdits | None = None
         self.head_edits: StepEdits | None = None
+        self.virtual: dict[str, list[Replaced]] = {}
 
 
 class Site(nn.Module):
@@ -42,6 +50,11 @@ class Site(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
+
+    def put_virtual(self, y: Tensor) -> None:
+        """Virtual tokens take the place of their rows of the output ``(…, T, hidden)``, as they are: no scale and no norm applies."""
+        for start, end, rows in self.state.virtual.get(self.spec.name, ()):
+            y[..., start:end, :] = rows
 
 
 class LinearSite(Site):
@@ -104,6 +117,7 @@ class NormSite(Site):
         for start, end, found in edits.extras(self.spec.name, "norm."):
             rows = (..., slice(start, end), slice(None))
             y[rows] = torch.func.functional_call(self.inner, found, (x[rows],))
+        self.put_virtual(y)
         return y  # type: ignore[no-any-return]
 
 
@@ -117,6 +131,7 @@ class EmbeddingSite(Site):
             return y  # type: ignore[no-any-return]
         for start, end, found in edits.extras(self.spec.name, "embed."):
             y[..., start:end, :] = self._embed(ids[..., start:end], found)
+        self.put_virtual(y)
         return y  # type: ignore[no-any-return]
 
     def _embed(self, ids: Tensor, found: dict[str, Tensor]) -> Tensor:
