@@ -16,7 +16,6 @@ from server.adapters.apply import StepEdits, add_linear_terms, add_pairs, rotate
 from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec
 
-
 Replaced = tuple[int, int, Tensor]
 """Rows ``[start, end)`` of a site's output are these instead: (start, end, rows)."""
 

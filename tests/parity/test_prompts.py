@@ -70,7 +70,7 @@ def test_equals_peft(family: str, case: Case, tiny_models: TinyModels, tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
-@pytest.mark.parametrize("family", (*FAMILIES, "mistral", "gemma2"))
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral", "gemma2"])
 @pytest.mark.parametrize("name", ["prompt-20", "prefix-20"])
 def test_tokens_equal_cached_generation(family: str, name: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     """PEFT puts prefixes into generation's cache by another way than into a forward pass; what its users see is generation."""

@@ -50,7 +50,7 @@ def _project(base: Base, layer: int, prompt: Tensor) -> tuple[Tensor, Tensor]:
         return prompt @ base.weight(site).T + base.bias(site)
 
     if spec.names.key == spec.names.value:
-        _, key, value = project(spec.names.key).split(spec.hidden_size, dim=-1)
+        _, key, value = project(spec.names.key).chunk(3, dim=-1)
     else:
         key, value = project(spec.names.key), project(spec.names.value)
     shape = (prompt.shape[0], spec.num_kv_heads, spec.head_dim)
