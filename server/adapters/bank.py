@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec
 from server.adapters.extents import Extents
-from server.adapters.program_file import PackedProgram, PrologueLayout, SiteLayout, alignment
+from server.adapters.packed import PackedProgram, PrologueLayout, SiteLayout, alignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Resident:
     num_rows: int
     num_vectors: int
     nbytes: int
+    has_bottlenecks: bool = False
 
 
 class Bank:
@@ -147,6 +148,7 @@ class Bank:
             num_rows=program.rows.numel(),
             num_vectors=program.vectors.numel(),
             nbytes=program.nbytes,
+            has_bottlenecks=any(layout.bottlenecks for layout in program.layouts.values()),
         )
         self._by_id[program.program_id] = resident
         self._by_slot[resident.slot] = resident

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    AdaptionPromptConfig,
     CartridgeConfig,
     CPTConfig,
     MultitaskPromptTuningConfig,
@@ -31,6 +32,10 @@ def config(kind: Callable[..., Any], tokens: int, **settings: Any) -> Callable[[
 
 def cpt(_: str) -> CPTConfig:
     return CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=list(range(30, 49)), cpt_mask=[1] * 19, cpt_tokens_type_mask=[1] * 19)
+
+
+def adaption(tokens: int, layers: int) -> Callable[[str], Any]:
+    return lambda _: AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=tokens, adapter_layers=layers)
 
 
 CASES = (
@@ -58,6 +63,8 @@ CASES = (
     Case(
         "prefix-projected", config(PrefixTuningConfig, 5, prefix_projection=True, encoder_hidden_size=24), ("llama",), scale=0.6
     ),
+    Case("adaption-5", adaption(5, 2), ("llama", "mistral", "gpt2"), scale=0.8),
+    Case("adaption-20", adaption(20, 1), ("llama", "mistral", "gpt2"), scale=0.8),
     Case("cartridge-17", config(CartridgeConfig, 17), ("llama", "gpt2", "qwen2"), scale=1.0),
 )
 
