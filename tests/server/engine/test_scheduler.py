@@ -59,7 +59,7 @@ class Simulation:
         for item in schedule.items:
             sequence = item.sequence
             assert item.count > 0
-            assert item.start == sequence.num_computed
+            assert item.start == sequence.num_computed >= sequence.num_prologue_kv
             assert len(sequence.block_table) * BLOCK >= item.start + item.count
             self._remember(sequence, item.copied(BLOCK))
             self._remember(sequence, range(item.start, item.start + item.count))
