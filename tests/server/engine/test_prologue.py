@@ -136,6 +136,31 @@ def test_packed_equals_alone(family: str, tiny_models: TinyModels, tmp_path: Pat
         same(alone[request.request_id], packed[request.request_id])
 
 
+def test_a_prefix_that_overflows_fails_alone_and_is_never_shared(tiny_models: TinyModels, tmp_path: Path) -> None:
+    base = tiny_models("llama")
+    refs = make_refs(base, tmp_path)
+    program = make_program(load_base_for_lowering(base, "float64").spec, 20, 0)
+    assert program.prologue.kv is not None
+    program.prologue.kv *= 1e308
+    hostile = write(program, "hostile", tmp_path)
+    good = [greedy(name, prompt(5), ref) for name, ref in refs.items()]
+    engine = make_engine(base, "float64")
+    expected = run(engine, good)
+    engine.close()
+    engine = make_engine(base, "float64")
+    found = run(engine, [*(greedy(f"bad-{index}", prompt(5), hostile, tenant="bad") for index in range(3)), *good])
+    for index in range(3):
+        error = found[f"bad-{index}"].error
+        assert error is not None
+        assert error.code == "non_finite_output"
+    for name, result in expected.items():
+        same(result, found[name])
+    cached = engine.blocks.num_cached
+    run(engine, [greedy("bad", prompt(5), hostile, tenant="bad")])
+    assert engine.blocks.num_cached == cached
+    engine.close()
+
+
 def test_preemption_copies_and_computes_again(tiny_models: TinyModels, tmp_path: Path) -> None:
     base = tiny_models("llama")
     refs = make_refs(base, tmp_path)
