@@ -118,7 +118,7 @@ class Engine:
         sequence = Sequence(request, self._order)
         self._sequences[request.request_id] = sequence
         if self._programs.prepare(sequence):
-            self.scheduler.add(sequence)
+            self._queue(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request early. Unknown ids have ended already."""
@@ -188,11 +188,21 @@ class Engine:
             return RequestError("invalid_token_id", f"token id {outside[0]} is outside the vocabulary of {self.info.vocab_size}")
         return None
 
+    def _queue(self, sequence: Sequence) -> None:
+        """Queue a sequence whose program is at hand, unless the program's prologue leaves too little room for its prompt."""
+        length, virtual = len(sequence.token_ids), sequence.num_prologue
+        room = max(self.info.max_model_len - virtual - 1, 0)
+        if length <= room:
+            self.scheduler.add(sequence)
+            return
+        message = f"the prompt has {length} tokens; with the adapter's {virtual} virtual tokens and one to generate, {room} fit"
+        self._end(sequence, _failed(sequence.request.request_id, RequestError("prompt_too_long", message)))
+
     def _receive_loads(self) -> None:
         """Queue the sequences whose programs have come, and fail those whose programs cannot be had."""
         arrivals = self._programs.arrivals()
         for sequence in arrivals.ready:
-            self.scheduler.add(sequence)
+            self._queue(sequence)
         if arrivals.failed:
             for sequence in list(self._sequences.values()):
                 problem = arrivals.failed.get(sequence.program.program_id)
@@ -255,15 +265,15 @@ class Engine:
     def _advance(self, item: Scheduled, logits: torch.Tensor) -> None:
         """The K/V of the item's tokens is known to be good: count it, and let others share full blocks."""
         sequence, end = item.sequence, item.start + item.count
-        prompt_tokens = max(0, min(end, sequence.num_prompt) - item.start)
-        self._counters["prompt_tokens"] += prompt_tokens
+        first = max(item.start, sequence.num_prologue)
+        self._counters["prompt_tokens"] += max(0, min(end, sequence.num_prompt) - first)
         sequence.num_computed = end
         hashes = sequence.full_block_hashes(self.blocks.block_size)
         for index in range(sequence.num_registered, end // self.blocks.block_size):
             self.blocks.register(sequence.block_table[index], hashes[index])
         sequence.num_registered = end // self.blocks.block_size
-        if sequence.wants_prompt_logprobs and item.start < sequence.num_prompt - 1:
-            targets = sequence.token_ids[item.start + 1 : min(end, sequence.num_prompt - 1) + 1]
+        if sequence.wants_prompt_logprobs and first < (last := min(end, sequence.num_prompt - 1)):
+            targets = sequence.tokens_between(first + 1, last + 1)
             top = sequence.request.params.prompt_logprobs or 0
             sequence.prompt_logprobs += log_probabilities(logits[: len(targets)], targets, [top] * len(targets))
 
