@@ -26,6 +26,7 @@ MAX_PROGRAM_BYTES = 1 << 30
 REFUSED = {
     "XLORA": "its gates mix adapters by each token's hidden states in two passes",
     "LILY": "its router averages over all tokens of the batch, so that a neighbour would change the result",
+    "PSOFT": "it rotates singular vectors of the base that are not stored, and whose signs differ from machine to machine",
     "SHADOW": "it runs a second model beside the base",
     "ADAMSS": "its segments are not stored in the checkpoint",
 }
