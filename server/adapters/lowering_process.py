@@ -102,6 +102,7 @@ def _facts(method: Method, program: Program, tensors: Mapping[str, Any]) -> dict
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "program_bytes": program.nbytes,
         "virtual_tokens": len(program.prologue),
+        **({"notes": program.notes} if program.notes else {}),
     }
 
 

@@ -65,11 +65,15 @@ def check_case(case: Case, family: str, base: Path, directory: Path) -> None:
 
 
 def check_equals_peft(base: Path, adapter: Path, program: ProgramRef) -> None:
-    """Logits at every generated position and greedy tokens equal PEFT's, and differ from the base's."""
+    """The program equals PEFT serving the same checkpoint."""
+    check_equals(base, program, load_reference(base, adapter))
+
+
+def check_equals(base: Path, program: ProgramRef, reference: Any) -> None:
+    """Logits at every generated position and greedy tokens equal the reference model's, and differ from the base's."""
     engine = make_engine(base)
     results = run(engine, [greedy(name, prompt, program) for name, prompt in PROMPTS.items()])
     engine.close()
-    reference = load_reference(base, adapter)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     effect = 0.0
     for name, prompt in PROMPTS.items():

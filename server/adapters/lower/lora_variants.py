@@ -97,4 +97,5 @@ def _expand(matrix: Tensor, columns: int, blocks: int) -> Tensor | None:
         return matrix
     if width * blocks != columns or rows % blocks:
         return None
-    return torch.block_diag(*matrix.chunk(blocks, dim=0))
+    spread: Tensor = torch.block_diag(*matrix.chunk(blocks, dim=0))  # type: ignore[no-untyped-call]
+    return spread
