@@ -61,7 +61,7 @@ def lower(source: Source, base: Base) -> Program:
     _lower_tables(source, base, program, loss, rank)
     _check_others(source, base)
     if rank is not None:
-        program.notes = {"rank": float(rank), "relative_error": loss.relative}
+        program.notes = {"rank": rank, "relative_error": loss.relative}
     return program
 
 
