@@ -35,6 +35,8 @@ CASES = (
     Case("kasa", config(kasa_config=KasaConfig()), PLAIN),
     Case("velora", config(velora_config=VeloraConfig(num_groups=4)), FAMILIES),
     Case("monteclora", config(monteclora_config=MontecloraConfig()), PLAIN),
+    Case("dora-pissa", config(use_dora=True, init_lora_weights="pissa"), FAMILIES, kept=("magnitude",)),
+    Case("dora-olora", config(use_dora=True, init_lora_weights="olora"), PLAIN, kept=("magnitude",)),
 )
 
 
@@ -55,6 +57,7 @@ def test_equals_peft(case: Case, family: str, tiny_models: TinyModels, tmp_path:
         (0, {"kasa_config": {"beta": 1e-4}}, "unsupported_field"),
         (1, {"kasa_config": None}, "unused_tensor"),
         (1, {"init_lora_weights": "pissa"}, "unsupported_field"),
+        (1, {"use_dora": True}, "unsupported_field"),
         (2, {"kasa_config": {}, "velora_config": None}, "unused_tensor"),
         (2, {"kasa_config": {"beta": 1e-4}, "velora_config": None}, "missing_tensor"),
         (3, {"monteclora_config": {"unknown": 1}}, "unsupported_field"),

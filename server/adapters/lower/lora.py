@@ -112,12 +112,12 @@ def _lower_linear(source: Source, base: Base, program: Program, spec: SiteSpec) 
     bias = source.take(site, "lora_B.bias", (spec.out_features,))
     if bias is not None:
         edit.shift = bias.to(base.compute) * scale
-    if source.has(site, "lora_magnitude_vector"):
-        down, up = _decompose(source, base, program, spec, down, up)
-    elif source.config.get("kasa_config"):
+    if source.config.get("kasa_config"):
         down, up = truncate_base(source, base, spec, down, up)
     elif source.config.get("init_lora_weights") in REINITS:
         down, up = _restore_base(source, base, spec, down, up, scale)
+    if source.has(site, "lora_magnitude_vector"):
+        down, up = _decompose(source, base, program, spec, down, up)
     edit.down, edit.up = down, up
 
 

@@ -40,11 +40,11 @@ def block_settings(value: Any) -> str | None:
 
 
 def check_combination(source: Source, changes_base: bool) -> None:
-    """PEFT has no two of these at once; and what changed the base at initialisation would change their reference too."""
+    """PEFT has no two of these at once; and only DoRA is defined on a base that the initialisation changed."""
     chosen = [field for field in _EXCLUSIVE if source.config.get(field)]
     for field in chosen[1:]:
         source.field_fault(field, f"this cannot be combined with {chosen[0]}")
-    if chosen and changes_base:
+    if changes_base and chosen and chosen != ["use_dora"]:
         source.field_fault("init_lora_weights", f"this initialisation cannot be combined with {chosen[0]}")
 
 

@@ -41,6 +41,11 @@ def lower_replaced_modules(source: Source, base: Base, program: Program) -> None
         for tail in ("weight", "base_layer.weight"):
             if spec is None or not source.has(site, tail):
                 continue
+            if tail == "weight" and spec.kind == "linear" and site in program.edits:
+                source.fault(
+                    "duplicate_tensor", f"{site}.weight", "the module is replaced as a whole, and changed by the method too"
+                )
+                continue
             weight = source.take(site, tail, stored_shape(spec))
             bias = source.take(site, "bias", (spec.out_features,)) if tail == "weight" else None
             if weight is not None and (
