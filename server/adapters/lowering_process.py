@@ -115,6 +115,7 @@ def _facts(program: Program) -> dict[str, Any]:
         "modules": sorted({site.rpartition(".")[2] for site in program.edits}),
         "program_bytes": program.nbytes,
         "virtual_tokens": len(program.prologue),
+        **({"notes": program.notes} if program.notes else {}),
     }
 
 

@@ -38,6 +38,7 @@ METHOD = Method(
         "init_lora_weights": no_effect,
         "trainable_token_indices": only(None),
         "alora_invocation_tokens": only(None),
+        **dict.fromkeys(("use_bdlora", "kasa_config", "velora_config", "monteclora_config"), only(None, False)),
         **dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"), no_effect),
     },
     lower=lower,

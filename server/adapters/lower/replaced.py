@@ -41,7 +41,12 @@ def lower_replaced_modules(source: Source, base: Base, program: Program) -> None
         for tail in ("weight", "base_layer.weight"):
             if spec is None or not source.has(site, tail):
                 continue
-            weight = source.take(site, tail, _stored_shape(spec))
+            if tail == "weight" and spec.kind == "linear" and site in program.edits:
+                source.fault(
+                    "duplicate_tensor", f"{site}.weight", "the module is replaced as a whole, and changed by the method too"
+                )
+                continue
+            weight = source.take(site, tail, stored_shape(spec))
             bias = source.take(site, "bias", (spec.out_features,)) if tail == "weight" else None
             if weight is not None and (
                 spec.kind in ("norm", "linear") or not _equals_base(weight, site, base) or bias is not None
@@ -112,7 +117,8 @@ def _shift(program: Program, site: str, shift: Tensor) -> None:
     edit.shift = shift if edit.shift is None else edit.shift + shift
 
 
-def _stored_shape(spec: SiteSpec) -> tuple[int, ...]:
+def stored_shape(spec: SiteSpec) -> tuple[int, ...]:
+    """The shape of a site's weight in a file: transposed for Conv1D."""
     if spec.kind == "norm":
         return (spec.out_features,)
     if spec.kind == "embedding" or spec.transposed:
