@@ -18,7 +18,6 @@ import torch
 import zmq
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.adapters.base_spec import describe
 from server.adapters.faults import Fault, LoweringError
@@ -27,6 +26,7 @@ from server.adapters.lower import Checkpoint, Method, lower, method_of
 from server.adapters.lower.base import Base, BaseWeights
 from server.adapters.lowerer import Done, Job, Start
 from server.adapters.program_file import write_program
+from server.adapters.skeleton import skeleton
 
 
 def main() -> None:
@@ -56,9 +56,7 @@ def _limit_memory(max_bytes: int) -> None:
 def _load_base(start: Start) -> Base:
     torch.set_num_threads(1)
     directory = Path(start.base_dir)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))  # type: ignore[no-untyped-call]
-    spec = describe(model, start.base_digest, start.dtype)
+    spec = describe(skeleton(directory), start.base_digest, start.dtype)
     return Base(spec, BaseWeights(directory, spec))
 
 
@@ -102,6 +100,7 @@ def _facts(method: Method, program: Program, tensors: Mapping[str, Any]) -> dict
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "program_bytes": program.nbytes,
         "virtual_tokens": len(program.prologue),
+        "labels": list(program.head.labels) if program.head is not None else [],
     }
 
 

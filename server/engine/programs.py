@@ -51,6 +51,9 @@ class Programs:
             self._load(sequence)
             return False
         sequence.start_at(at_hand.invocation_tokens)
+        # A program that does not act on this prompt does not classify it either.
+        if at_hand.head is not None and not sequence.program.is_base:
+            sequence.head_pooling = at_hand.head.pooling
         return True
 
     def arrivals(self) -> Arrivals:

@@ -28,9 +28,14 @@ class Scheduled:
     count: int
 
     @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's end, and so makes a token."""
+    def completes(self) -> bool:
+        """Whether the step reaches the sequence's end."""
         return self.start + self.count == self.sequence.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step makes a token."""
+        return self.completes and self.sequence.generates
 
 
 @dataclass(slots=True)
@@ -175,7 +180,7 @@ class Scheduler:
             yield sequence
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        if sequence.wants_prompt_logprobs:
+        if sequence.needs_every_row:
             return []
         hashes = sequence.full_block_hashes(self.blocks.block_size)
         # At least one token must be computed: its hidden state makes the next token.

@@ -8,9 +8,10 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from server.engine.block_manager import chain_hash, root_hash, switch_hash
-from server.engine.types import ProgramRef, Request, TokenLogprob
+from server.engine.types import ProgramRef, Request, Task, TokenLogprob
 
 
 class SequenceState(enum.Enum):
@@ -24,7 +25,8 @@ class Sequence:
     """Tokens, blocks and slot of one request.
 
     ``active_from`` is the position from which the program acts: 0 for most programs. Its K/V before that position is the
-    base's. ``slot`` is the bank slot while running, 0 for the base.
+    base's. ``slot`` is the bank slot while running, 0 for the base. ``head_pooling`` is how the program's classifier reads hidden states
+    ("" without one), ``pooling`` how this sequence's are read, and ``pooled`` what they have come to so far: a value of the runner's.
     """
 
     __slots__ = (
@@ -32,11 +34,14 @@ class Sequence:
         "block_table",
         "charged",
         "hashes",
+        "head_pooling",
         "num_cached",
         "num_computed",
         "num_prompt",
         "num_registered",
         "order",
+        "pooled",
+        "pooling",
         "program",
         "prompt_logprobs",
         "random",
@@ -63,6 +68,9 @@ class Sequence:
         self.state = SequenceState.WAITING if request.program.is_base else SequenceState.WAITING_FOR_ADAPTER
         self.random = random.Random(request.params.seed)  # noqa: S311 - sampling, not cryptography
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.head_pooling = ""
+        self.pooling = ""
+        self.pooled: Any = None
 
     @property
     def tenant(self) -> str:
@@ -78,7 +86,17 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return self.request.params.prompt_logprobs is not None
+        return self.generates and self.request.params.prompt_logprobs is not None
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are made; otherwise the sequence ends with its prompt."""
+        return self.request.task is Task.GENERATE
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether hidden states before the last are needed, so that nothing may come from the prefix cache."""
+        return self.wants_prompt_logprobs or self.pooling in ("first", "mean", "none")
 
     def start_at(self, invocation_tokens: tuple[int, ...]) -> None:
         """Fix where the program starts to act, from the prompt alone, so that preemption cannot move it.
@@ -126,3 +144,4 @@ class Sequence:
         self.num_registered = 0
         self.slot = 0
         self.prompt_logprobs = []
+        self.pooled = None

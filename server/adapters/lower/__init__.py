@@ -20,6 +20,7 @@ from server.adapters.lower.base import Base
 from server.adapters.lower.checkpoint import Checkpoint
 from server.adapters.lower.method import Method
 from server.adapters.lower.source import Source
+from server.adapters.lower.task_head import lower_task_head
 
 MAX_PROGRAM_BYTES = 1 << 30
 
@@ -52,6 +53,8 @@ def lower(checkpoint: Checkpoint, base: Base, *, max_bytes: int = MAX_PROGRAM_BY
     source.check_fields(method.fields)
     source.stop_if_faulty()
     program = method.lower(source, base)
+    if method.library == "peft":
+        lower_task_head(source, base, program)
     source.check_all_used()
     source.stop_if_faulty()
     program = _cast(program, base)
