@@ -118,7 +118,9 @@ class Lifecycle(ABC):
         task = sequence.request.task
         if task is Task.CLASSIFY and not sequence.head_pooling:
             message = "neither the base model nor this adapter has a classifier"
-            self._end(sequence, failed(sequence.request.request_id, RequestError("no_task_head", message)))
+            # It is not queued yet, so that there is nothing to give back.
+            del self._sequences[sequence.request.request_id]
+            self._outputs.append(failed(sequence.request.request_id, RequestError("no_task_head", message)))
             return
         if task is Task.CLASSIFY:
             sequence.pooling = sequence.head_pooling
