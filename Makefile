@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXIT ?=
+METHODS ?=
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,8 +50,8 @@ fmt: $(VENV)/.ready ## format, and fix what can be fixed
 docs: $(VENV)/.ready ## write the generated tables of docs/
 	@$(BIN)/python docs/generate.py
 
-bench: $(VENV)/.ready ## measure Medley and peft on the same work (writes benchmarks/out/throughput.json)
-	@$(BIN)/python -m benchmarks.throughput
+bench: $(VENV)/.ready ## measure Medley and peft on the same work, or with METHODS=1 every method (writes benchmarks/out/throughput.json)
+	@$(BIN)/python -m benchmarks.$(if $(METHODS),methods,throughput)
 
 clean: ## remove environments and caches, keep data
 	rm -rf $(VENV) .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec
 from server.adapters.extents import Extents
-from server.adapters.program_file import PackedProgram, PrologueLayout, SiteLayout, TaskHeadLayout, alignment
+from server.adapters.packed import PackedProgram, PrologueLayout, SiteLayout, TaskHeadLayout, alignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Resident:
     num_rows: int
     num_vectors: int
     nbytes: int
+    has_bottlenecks: bool = False
 
 
 class Bank:
@@ -149,6 +150,7 @@ class Bank:
             num_rows=program.rows.numel(),
             num_vectors=program.vectors.numel(),
             nbytes=program.nbytes,
+            has_bottlenecks=any(layout.bottlenecks for layout in program.layouts.values()),
         )
         self._by_id[program.program_id] = resident
         self._by_slot[resident.slot] = resident
