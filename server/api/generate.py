@@ -93,7 +93,7 @@ async def _call(request: Request, generation: Generation, body: GenerateRequest)
         tokens = await generation.encode(body.inputs)
     if parameters.truncate is not None:
         tokens = tokens[-parameters.truncate :]
-    max_tokens = generation.check_prompt(tokens, parameters.max_new_tokens, "inputs")
+    max_tokens = generation.check_prompt(tokens, parameters.max_new_tokens, "inputs", program)
     return Call(request.state.tenant, tokens, parameters.sampling(max_tokens), program, tuple(parameters.stop))
 
 

@@ -119,7 +119,7 @@ class Generation:
             raise from_store_error(error) from error
         except LoweringError as error:
             raise from_lowering_error(error) from error
-        return ProgramRef(program.program_id, str(program.path)), version
+        return ProgramRef(program.program_id, str(program.path), program.facts.get("virtual_tokens", 0)), version
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Tokens of a prompt; long ones off the event loop."""
@@ -134,17 +134,18 @@ class Generation:
         except TokenizerError as error:
             raise ApiError("invalid_request", str(error), param="messages") from error
 
-    def check_prompt(self, token_ids: Sequence[int], max_tokens: int | None, param: str) -> int:
+    def check_prompt(self, token_ids: Sequence[int], max_tokens: int | None, param: str, program: ProgramRef) -> int:
         """How many tokens may be generated after this prompt: ``max_tokens``, or all that fit. Raises ApiError."""
-        limit = self.info.max_model_len
+        limit = self.info.max_model_len - program.num_virtual
         if not token_ids:
             raise ApiError("empty_prompt", "the prompt has no tokens; send some text", param=param)
         wanted = 1 if max_tokens is None else max_tokens
         if len(token_ids) + wanted > limit:
+            taken = f" (the adapter's {program.num_virtual} virtual tokens take the rest)" if program.num_virtual else ""
             raise ApiError(
                 "prompt_too_long",
-                f"the prompt has {len(token_ids)} tokens and {wanted} are to be generated, but prompt and output must fit into {limit}; "
-                "shorten the prompt or ask for fewer",
+                f"the prompt has {len(token_ids)} tokens and {wanted} are to be generated, but prompt and output must fit into "
+                f"{max(limit, 0)}{taken}; shorten the prompt or ask for fewer",
                 param=param,
             )
         if (outside := next((token for token in token_ids if not 0 <= token < self.info.vocab_size), None)) is not None:

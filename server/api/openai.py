@@ -31,7 +31,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     request.state.adapter = version.digest if version else ""
     found: list[Choice] = []
     for tokens in await _prompts(generation, body):
-        limit = generation.check_prompt(tokens, body.max_tokens, "prompt")
+        limit = generation.check_prompt(tokens, body.max_tokens, "prompt", program)
         for number in range(body.n or 1):
             call = Call(request.state.tenant, tokens, body.sampling(limit, number), program, body.stops)
             found.append(
@@ -54,7 +54,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     program, version = await generation.resolve(request.state.tenant, body.model)
     request.state.adapter = version.digest if version else ""
     tokens = await generation.encode_chat([message.plain() for message in body.messages])
-    limit = generation.check_prompt(tokens, body.limit, "messages")
+    limit = generation.check_prompt(tokens, body.limit, "messages", program)
     found = [
         Choice(Call(request.state.tenant, tokens, body.sampling(limit, number), program, body.stops))
         for number in range(body.n or 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.adapters.program_file import PrologueLayout
+from server.adapters.packed import PrologueLayout
 from server.engine.sequence import Sequence
 
 
@@ -66,7 +66,7 @@ def pack_whole(sequences: Many[tuple[Sequence, PrologueLayout]], position_offset
         before = int(prologue.after_first and count > 0)
         tokens = sequence.token_ids
         input_ids += [*tokens[:before], *[tokens[0]] * count, *tokens[before:]]
-        positions += [position_offset + position for position in _positions(sequence.num_tokens, before, prologue)]
+        positions += [position_offset + position for position in _positions(len(tokens), before, prologue)]
         span = Span(sequence, start, len(input_ids), start + before, count)
         spans.append(span)
         runs += _runs(span)
@@ -93,7 +93,7 @@ def _runs(span: Span) -> Iterator[tuple[int, int, int]]:
     if sequence.active_from == 0:
         yield sequence.slot, span.start, span.end
         return
-    for slot, start, end in sequence.slots_between(0, sequence.num_tokens):
+    for slot, start, end in sequence.slots_between(0, len(sequence.token_ids)):
         yield slot, span.start + start, span.start + end
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from server.adapters.kernels import Kernel
-from server.adapters.program_file import PrologueLayout
+from server.adapters.packed import PrologueLayout
 from server.engine.encoder_batch import EncoderBatch, pack_whole
 from server.engine.encoder_runner import EncoderRunner
 from server.engine.fair_queue import FairQueue
-from server.engine.lifecycle import NON_FINITE, Lifecycle, failed, load_kernel
+from server.engine.lifecycle import NON_FINITE, Lifecycle, load_kernel
 from server.engine.model import load_base
 from server.engine.sequence import Sequence
 from server.engine.settings import EngineSettings
@@ -42,7 +42,6 @@ class EncoderEngine(Lifecycle):
         super().__init__(settings, base, wake)
         self._max_batch_tokens = settings.max_batch_tokens
         self._max_running = settings.max_running
-        self._max_positions = base.max_positions
         self._position_offset = base.spec.position_offset
         self._queue = FairQueue()
         self._running: list[Sequence] = []
@@ -106,6 +105,10 @@ class EncoderEngine(Lifecycle):
         self._queue.remove(sequence)
         self._programs.unpin(sequence)
 
+    def _taken(self, sequence: Sequence) -> int:
+        # Positions run out here, and nothing else; not every prologue takes any.
+        return sequence.position_shift
+
     def _is_running(self, sequence: Sequence) -> bool:
         return sequence in self._running
 
@@ -114,26 +117,16 @@ class EncoderEngine(Lifecycle):
         chosen: list[tuple[Sequence, PrologueLayout]] = []
         budget = self._max_batch_tokens
         for sequence in self._queue.candidates():
-            if len(chosen) == self._max_running or (chosen and sequence.num_tokens > budget):
+            rows = sequence.num_tokens - sequence.num_prologue_kv
+            if len(chosen) == self._max_running or (chosen and rows > budget):
                 break
             if not self._programs.pin(sequence):
                 continue
-            prologue = self.bank.resident(sequence.slot).prologue if sequence.slot else _NO_PROLOGUE
-            if sequence.num_tokens + prologue.position_shift > self._max_positions:
-                self._end(sequence, failed(sequence.request.request_id, self._too_long(sequence, prologue)))
-                continue
             self._queue.charge(sequence)
             self._queue.remove(sequence)
-            chosen.append((sequence, prologue))
-            budget -= sequence.num_tokens + prologue.num_tokens
+            chosen.append((sequence, self.bank.resident(sequence.slot).prologue if sequence.slot else _NO_PROLOGUE))
+            budget -= rows
         return chosen
-
-    def _too_long(self, sequence: Sequence, prologue: PrologueLayout) -> RequestError:
-        return RequestError(
-            "prompt_too_long",
-            f"the input has {sequence.num_tokens} tokens and the adapter starts with {prologue.position_shift}; together at most "
-            f"{self._max_positions} fit",
-        )
 
     def _run(self, chosen: Many[tuple[Sequence, PrologueLayout]]) -> None:
         try:
@@ -157,7 +150,7 @@ class EncoderEngine(Lifecycle):
 
     def _finish(self, batch: EncoderBatch) -> None:
         for span, pooled in zip(batch.spans, self._runner.run(batch), strict=True):
-            self._counters["prompt_tokens"] += span.sequence.num_prompt
+            self._counters["prompt_tokens"] += len(span.sequence.token_ids)
             if pooled is None:
                 self._fail_row(span.sequence, NON_FINITE)
             else:

@@ -11,23 +11,11 @@ from torch import Tensor
 from server.adapters.apply import EditCache
 from server.adapters.bank import Bank
 from server.adapters.kernels import Kernel
-from server.adapters.sites import Site, SiteState, attach
+from server.adapters.sites import Replaced, SiteState, attach
 from server.engine.encoder_attention import EncoderState
 from server.engine.encoder_batch import EncoderBatch, Span
 from server.engine.model import BaseModel
 from server.engine.pooling import Pooled, pool
-
-
-class VirtualTokensSite(Site):
-    """An embedding, or the norm after the embeddings, whose output gives way to virtual tokens: ``rows`` are (start, values) of the step."""
-
-    rows: tuple[tuple[int, Tensor], ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x)
-        for start, values in self.rows:
-            y[0, start : start + values.shape[0]] = values
-        return y
 
 
 class EncoderRunner:
@@ -45,13 +33,6 @@ class EncoderRunner:
             module.medley_attention = self._attention  # type: ignore[assignment]
             module.medley_layer = layer  # type: ignore[assignment]
         attach(base.model, spec, self._sites)
-        self._virtual: dict[str, VirtualTokensSite] = {}
-        for name in (spec.embedding, spec.embedding_norm):
-            parent, _, child = name.rpartition(".")
-            site = spec.site(name)
-            assert site is not None
-            self._virtual[name] = VirtualTokensSite(base.model.get_submodule(name), site, self._sites)
-            setattr(base.model.get_submodule(parent), child, self._virtual[name])
 
     @torch.inference_mode()
     def run(self, batch: EncoderBatch) -> list[Pooled | None]:
@@ -69,23 +50,24 @@ class EncoderRunner:
         self._attention.batch = batch
         self._attention.kv = {item.slot: item.extras["prologue.kv"] for item in residents if item.prologue.num_kv}
         self._sites.edits = self._edits.get(batch.token_slots)
-        for name, site in self._virtual.items():
-            site.rows = tuple(self._virtual_rows(batch, name))
+        self._sites.positions = batch.positions - self._base.spec.position_offset
+        self._sites.virtual = self._virtual_tokens(batch)
         try:
             yield
         finally:
             self._attention.batch = None
             self._attention.kv = {}
-            self._sites.edits = None
-            for site in self._virtual.values():
-                site.rows = ()
+            self._sites.unbind()
 
-    def _virtual_rows(self, batch: EncoderBatch, site: str) -> Iterator[tuple[int, Tensor]]:
+    def _virtual_tokens(self, batch: EncoderBatch) -> dict[str, list[Replaced]]:
+        """The step's virtual tokens, by the site whose output they are."""
+        found: dict[str, list[Replaced]] = {}
         for span in batch.spans:
             if span.num_virtual:
                 resident = self._bank.resident(span.sequence.slot)
-                if resident.prologue.tokens_site == site:
-                    yield span.virtual, resident.extras["prologue.tokens"]
+                rows = (span.virtual, span.virtual + span.num_virtual, resident.extras["prologue.tokens"])
+                found.setdefault(resident.prologue.tokens_site, []).append(rows)
+        return found
 
 
 def _pool(span: Span, hidden: Tensor) -> Pooled | None:

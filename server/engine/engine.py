@@ -126,6 +126,9 @@ class Engine(Lifecycle):
     def _dequeue(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
 
+    def _taken(self, sequence: Sequence) -> int:
+        return sequence.num_prologue
+
     def _is_running(self, sequence: Sequence) -> bool:
         return sequence in self.scheduler.running
 
@@ -184,15 +187,15 @@ class Engine(Lifecycle):
     def _advance(self, item: Scheduled, logits: torch.Tensor, pooled: Pooled | None) -> None:
         """The K/V of the item's tokens is known to be good: count it, let others share full blocks, and end what makes no token."""
         sequence, end = item.sequence, item.start + item.count
-        prompt_tokens = max(0, min(end, sequence.num_prompt) - item.start)
-        self._counters["prompt_tokens"] += prompt_tokens
+        first = max(item.start, sequence.num_prologue)
+        self._counters["prompt_tokens"] += max(0, min(end, sequence.num_prompt) - first)
         sequence.num_computed = end
         hashes = sequence.full_block_hashes(self.blocks.block_size)
         for index in range(sequence.num_registered, end // self.blocks.block_size):
             self.blocks.register(sequence.block_table[index], hashes[index])
         sequence.num_registered = end // self.blocks.block_size
-        if sequence.wants_prompt_logprobs and item.start < sequence.num_prompt - 1:
-            targets = sequence.token_ids[item.start + 1 : min(end, sequence.num_prompt - 1) + 1]
+        if sequence.wants_prompt_logprobs and first < (last := min(end, sequence.num_prompt - 1)):
+            targets = sequence.tokens_between(first + 1, last + 1)
             top = sequence.request.params.prompt_logprobs or 0
             sequence.prompt_logprobs += log_probabilities(logits[: len(targets)], targets, [top] * len(targets))
         if pooled is not None:

@@ -47,7 +47,7 @@ class FairQueue:
         while queues:
             tenant = min(queues, key=lambda name: (served[name], queues[name][0].order))
             sequence = queues[tenant].popleft()
-            served[tenant] += sequence.num_tokens
+            served[tenant] += sequence.num_tokens - sequence.num_prologue_kv
             if not queues[tenant]:
                 del queues[tenant]
             ordered.append(sequence)
@@ -55,4 +55,4 @@ class FairQueue:
 
     def charge(self, sequence: Sequence) -> None:
         """A sequence of the queue is being run."""
-        self._served[sequence.tenant] = self._served.get(sequence.tenant, 0) + sequence.num_tokens
+        self._served[sequence.tenant] = self._served.get(sequence.tenant, 0) + sequence.num_tokens - sequence.num_prologue_kv

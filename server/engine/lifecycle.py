@@ -90,6 +90,10 @@ class Lifecycle(ABC):
         """Take a sequence out, wherever it is, and give back what it holds."""
 
     @abstractmethod
+    def _taken(self, sequence: Sequence) -> int:
+        """How much of the model's length the sequence's program takes for itself."""
+
+    @abstractmethod
     def _is_running(self, sequence: Sequence) -> bool:
         """Whether it holds its program already."""
 
@@ -114,21 +118,32 @@ class Lifecycle(ABC):
         return None
 
     def _ready(self, sequence: Sequence) -> None:
-        """Queue a sequence whose program is at hand, unless the program cannot do what is asked."""
-        task = sequence.request.task
-        if task is Task.CLASSIFY and not sequence.head_pooling:
-            message = "neither the base model nor this adapter has a classifier"
-            # It is not queued yet, so that there is nothing to give back.
-            del self._sequences[sequence.request.request_id]
-            self._outputs.append(failed(sequence.request.request_id, RequestError("no_task_head", message)))
+        """Queue a sequence whose program is at hand, unless the program cannot do what is asked or leaves too little room for it."""
+        sequence.pooling = self._pooling(sequence)
+        problem = self._misfit(sequence)
+        if problem is None:
+            self._enqueue(sequence)
             return
-        if task is Task.CLASSIFY:
-            sequence.pooling = sequence.head_pooling
-        elif task is Task.EMBED:
-            # A vector for the text: where the program pools, as it pools.
-            pools = sequence.head_pooling not in ("", "none")
-            sequence.pooling = sequence.head_pooling if pools else self._embedding
-        self._enqueue(sequence)
+        # It is not queued yet, so that there is nothing to give back.
+        del self._sequences[sequence.request.request_id]
+        self._outputs.append(failed(sequence.request.request_id, problem))
+
+    def _pooling(self, sequence: Sequence) -> str:
+        """How the hidden states are read: as the program's classifier does, or for a vector, where it reads every row, as the base does."""
+        if sequence.generates:
+            return ""
+        is_vector = sequence.request.task is Task.EMBED
+        return self._embedding if is_vector and sequence.head_pooling in ("", "none") else sequence.head_pooling
+
+    def _misfit(self, sequence: Sequence) -> RequestError | None:
+        if sequence.request.task is Task.CLASSIFY and not sequence.head_pooling:
+            return RequestError("no_task_head", "neither the base model nor this adapter has a classifier")
+        length, taken, made = len(sequence.token_ids), self._taken(sequence), int(sequence.generates)
+        room = max(self.info.max_model_len - taken - made, 0)
+        if length <= room:
+            return None
+        others = f"the adapter's {taken} virtual tokens" + (" and one to generate" if made else "")
+        return RequestError("prompt_too_long", f"the prompt has {length} tokens; with {others}, {room} fit")
 
     def _receive_loads(self) -> None:
         """Queue the sequences whose programs have come, and fail those whose programs cannot be had."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.adapters.program_file import TaskHeadLayout
+from server.adapters.packed import TaskHeadLayout
 from server.engine.types import TaskResult
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from server.adapters.apply import EditCache
 from server.adapters.bank import Bank
 from server.adapters.kernels import Kernel
-from server.adapters.sites import SiteState, attach
+from server.adapters.sites import Replaced, SiteState, attach
 from server.engine.attention import AttentionState
 from server.engine.batch import Batch
 from server.engine.kv_cache import KVCache
@@ -36,6 +36,7 @@ class Runner:
     def __init__(self, base: BaseModel, cache: KVCache, bank: Bank, *, kernel: Kernel | None = None) -> None:
         self._base = base
         self._cache = cache
+        self._bank = bank
         self._sites = SiteState(bank)
         self._attention = AttentionState(cache, self._sites)
         self._edits = EditCache(bank, kernel=kernel)
@@ -50,6 +51,9 @@ class Runner:
     def run(self, batch: Batch) -> StepResult:
         """One forward pass over the ragged batch."""
         self._cache.zero(batch.new_blocks)
+        for copy in batch.copies:
+            prefix = self._bank.resident(copy.slot).extras["prologue.kv"]
+            self._cache.copy(copy.kv_slots, prefix[:, :, :, copy.first : copy.end])
         with self._bound(batch):
             hidden = self._base.backbone(
                 input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False
@@ -66,18 +70,31 @@ class Runner:
         self._sites.positions = batch.positions
         self._sites.edits = self._edits.get(batch.token_slots)
         self._sites.head_edits = self._head_edits.get(batch.sample_slots)
+        self._sites.virtual = self._virtual_tokens(batch)
         try:
             yield
         finally:
             self._attention.batch = None
             self._sites.unbind()
 
+    def _virtual_tokens(self, batch: Batch) -> dict[str, list[Replaced]]:
+        """The step's virtual tokens, by the site whose output they are."""
+        found: dict[str, list[Replaced]] = {}
+        for rows in batch.virtual_rows:
+            resident = self._bank.resident(rows.slot)
+            tokens = resident.extras["prologue.tokens"][rows.offset : rows.offset + rows.end - rows.start]
+            found.setdefault(resident.prologue.tokens_site, []).append((rows.start, rows.end, tokens))
+        return found
+
 
 def _pool_items(batch: Batch, hidden: Tensor) -> Iterator[Pooled | None]:
+    """Virtual tokens count as rows, except where every token's own row is wanted."""
     row = 0
     for item in batch.items:
         sequence, end = item.sequence, row + item.count
-        yield pool(sequence.pooling, hidden[row:end], sequence.pooled) if sequence.pooling else None
+        skipped = max(0, sequence.num_prologue - item.start) if sequence.pooling == "none" else 0
+        rows = hidden[row + skipped : end]
+        yield pool(sequence.pooling, rows, sequence.pooled) if sequence.pooling and len(rows) else sequence.pooled
         row = end
 
 

@@ -53,10 +53,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class ProgramRef:
-    """A program and the file that the engine maps when it is not resident. The base model has no file."""
+    """A program and the file that the engine maps when it is not resident. The base model has no file.
+
+    ``num_virtual`` is what the edge knows of the pseudo-tokens that the program puts in front of a prompt; the engine asks the file.
+    """
 
     program_id: str = "base"
     path: str = ""
+    num_virtual: int = 0
 
     @property
     def is_base(self) -> bool:

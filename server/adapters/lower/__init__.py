@@ -119,6 +119,7 @@ def _check(program: Program, source: Source, base: Base, max_bytes: int) -> None
             f"at most {max_bytes} bytes",
             f"{program.nbytes} bytes",
         )
+    _check_prologue(program, source, base)
     sites = base.spec.by_name()
     for site, owner, name, tensor in program.tensors():
         shape = _shapes(owner, sites[site]).get(name) if site in sites else None
@@ -126,6 +127,19 @@ def _check(program: Program, source: Source, base: Base, max_bytes: int) -> None
             source.fault(
                 "wrong_shape", f"{site}.{name}", "the lowered edit does not fit the base", str(shape), str(tuple(tensor.shape))
             )
+
+
+def _check_prologue(program: Program, source: Source, base: Base) -> None:
+    spec, prologue = base.spec, program.prologue
+    if len(prologue) and len(prologue) >= spec.max_positions:
+        found = f"{len(prologue)} virtual tokens"
+        source.fault("program_too_large", "adapter", "no room is left for a prompt", f"fewer than {spec.max_positions}", found)
+    if prologue.after_first and not spec.is_encoder:
+        source.fault(
+            "unsupported_field",
+            "adapter",
+            "virtual tokens behind the first token cannot be shared by requests that generate; train them in front of the prompt",
+        )
 
 
 def _shapes(owner: object, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
