@@ -13,9 +13,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from adapter_store.errors import StoreError
-from adapter_store.store import AdapterVersion, Store
+from adapter_store.store import Store
 from server.adapters.faults import LoweringError
-from server.adapters.lowerer import LowererClient
+from server.adapters.lowerer import LoweredProgram, LowererClient
+from server.api.selection import Selection
 from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable
 from server.engine.types import BASE, EngineInfo, FinishReason, ProgramRef, Request, RequestOutput, SamplingParams, TokenLogprob
 from server.errors import ApiError, from_engine, from_lowering_error, from_store_error
@@ -107,19 +108,42 @@ class Generation:
             raise ApiError("engine_unavailable", "the engine has not started yet")
         return self._engine.info
 
-    async def resolve(self, tenant: str, adapter: str | None) -> tuple[ProgramRef, AdapterVersion | None]:
-        """The program of an adapter name of this tenant, lowered again if its file is gone; the base for none or its own name."""
-        if adapter is None or adapter in self._base_names:
-            return BASE, None
+    async def resolve(self, tenant: str, wanted: Selection) -> tuple[ProgramRef, tuple[str, ...]]:
+        """The program of what is asked for, made again if its file is gone, and the digests of its adapters; the base has none."""
+        is_base = wanted.name is None or wanted.name in self._base_names
+        if wanted.adapters and not is_base:
+            message = (
+                f"{wanted.name!r} and `adapters` both say which adapters to use; name the base model or leave `adapters` out"
+            )
+            raise ApiError("invalid_request", message, param="model")
+        named = wanted.adapters or (() if wanted.name is None or is_base else ((wanted.name, 1.0),))
+        if not named and wanted.drop:
+            raise ApiError("invalid_request", "adapter_drop needs an adapter of which layers are left out", param="adapter_drop")
+        if not named:
+            return BASE, ()
         try:
-            version = await asyncio.to_thread(self._store.resolve, tenant, adapter)
-            files = await asyncio.to_thread(self._store.files, version)
-            program = await self._lowerer.ensure(version.digest, files["config"], files["weights"])
+            program, digests = await self._program(tenant, named, wanted.drop)
         except StoreError as error:
             raise from_store_error(error) from error
         except LoweringError as error:
             raise from_lowering_error(error) from error
-        return ProgramRef(program.program_id, str(program.path), program.facts.get("virtual_tokens", 0)), version
+        return ProgramRef(program.program_id, str(program.path), program.facts.get("virtual_tokens", 0)), digests
+
+    async def _program(
+        self, tenant: str, named: Sequence[tuple[str, float]], drop: int
+    ) -> tuple[LoweredProgram, tuple[str, ...]]:
+        parts: list[tuple[str, float]] = []
+        for name, weight in named:
+            version = await asyncio.to_thread(self._store.resolve, tenant, name)
+            files = await asyncio.to_thread(self._store.files, version)
+            program = await self._lowerer.ensure(version.digest, files["config"], files["weights"])
+            parts.append((version.digest, weight))
+        digests = tuple(digest for digest, _ in parts)
+        if len(set(digests)) < len(digests):
+            raise ApiError("not_composable", "the same adapter is named twice; add its weights up", param="adapters")
+        if len(parts) > 1 or parts[0][1] != 1.0 or drop:
+            program = await self._lowerer.compose(parts, drop)
+        return program, digests
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Tokens of a prompt; long ones off the event loop."""
@@ -163,16 +187,17 @@ class Generation:
         last = time.monotonic()
         is_first = True
         try:
-            async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
-                async for output in outputs:
-                    now = time.monotonic()
-                    (self._metrics.first_token if is_first else self._metrics.between_tokens).observe(now - last)
-                    last, is_first = now, False
-                    self._metrics.tokens.labels(label, "output").inc(len(output.token_ids))
-                    delta = self._delta(output, text, stop)
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
+            with self._lowerer.using(call.program.program_id):
+                async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
+                    async for output in outputs:
+                        now = time.monotonic()
+                        (self._metrics.first_token if is_first else self._metrics.between_tokens).observe(now - last)
+                        last, is_first = now, False
+                        self._metrics.tokens.labels(label, "output").inc(len(output.token_ids))
+                        delta = self._delta(output, text, stop)
+                        yield delta
+                        if delta.finish_reason is not None:
+                            return
         except (EngineOverloaded, EngineUnavailable) as error:
             refusal = from_engine(error)
             self._metrics.rejections.labels(refusal.row.code).inc()

@@ -32,7 +32,7 @@ REFUSED = {
 }
 """Methods that no program can express, with the reason."""
 
-__all__ = ["Checkpoint", "Method", "lower", "method_of", "methods"]
+__all__ = ["Checkpoint", "Method", "cast", "lower", "method_of", "methods"]
 
 
 @cache
@@ -57,7 +57,7 @@ def lower(checkpoint: Checkpoint, base: Base, *, max_bytes: int = MAX_PROGRAM_BY
         lower_task_head(source, base, program)
     source.check_all_used()
     source.stop_if_faulty()
-    program = _cast(program, base)
+    program = cast(program, base)
     _check(program, source, base, max_bytes)
     source.stop_if_faulty()
     return program
@@ -94,7 +94,7 @@ def _name(checkpoint: Checkpoint) -> str:
     return str(architecture or "bottleneck")
 
 
-def _cast(program: Program, base: Base) -> Program:
+def cast(program: Program, base: Base) -> Program:
     """Matrices to the base's dtype; scales, shifts and other vectors stay at least fp32."""
     wide = torch.promote_types(base.dtype, torch.float32)
     for _, owner, name, tensor in list(program.tensors()):
