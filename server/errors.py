@@ -43,6 +43,7 @@ TABLE = (
         "prompt_too_long", 400, _INVALID, "Prompt and output do not fit into the model's length; the message has both numbers."
     ),
     ErrorCode("invalid_token_id", 400, _INVALID, "A token id is outside the vocabulary."),
+    ErrorCode("task_not_served", 400, _INVALID, "The base model cannot do this: an encoder generates nothing; see docs/API.md."),
     ErrorCode("invalid_adapter_name", 400, _INVALID, "Names match [a-z0-9][a-z0-9._-]{0,63}; `base` is reserved."),
     ErrorCode("missing_api_key", 401, "authentication_error", "Send `Authorization: Bearer KEY`."),
     ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
@@ -60,6 +61,7 @@ TABLE = (
         "not_composable", 422, _INVALID, "These adapters cannot be combined exactly, or not so; `faults` says which and where."
     ),
     ErrorCode("validation", 422, _INVALID, "A parameter of /generate is malformed, unknown or out of range."),
+    ErrorCode("no_task_head", 422, _INVALID, "The adapter has no classifier; the message names those of yours that have one."),
     ErrorCode("program_too_large", 422, _INVALID, "The adapter is larger than what the device's bank may hold."),
     ErrorCode("overloaded", 429, "rate_limit_error", "The queue is full; wait as long as Retry-After says.", retry=True),
     ErrorCode("internal_error", 500, _SERVER, "The server failed on this request; its log has the request id."),
