@@ -7,33 +7,82 @@ of the time; the index tensors of a site are made on its first use.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from server.adapters.activations import ACTIVATIONS
 from server.adapters.bank import Bank, Resident
 from server.adapters.kernels import Kernel, LowRankRows, lowrank_concat, lowrank_gather
 from server.adapters.program_file import SiteLayout
+from server.adapters.rows import VectorRows, add_rows, pick, row_index, take, vector_rows
 
+T = TypeVar("T")
 Run = tuple[int, int, int]
 """Rows ``[start, end)`` belong to ``slot``: (slot, start, end)."""
 
 LONG_RUN = 16
 LONG_RUN_NATIVE = 64
 """From this many rows on, a run is worth matrix products of its own; with a kernel that takes all rows, later."""
-_LOOSE = ("dense", "rotation", "left", "right")
 CONCAT_MAX_RANK = 160
 """Up to this sum of distinct ranks, one dense product over all programs beats gathering per row."""
+_LOOSE = ("dense", "rotation", "left", "right")
+
+
+class Matrices(Protocol):
+    """A pair of matrices in the arena: a SiteLayout's or a BottleneckLayout's."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def down(self) -> int: ...
+    @property
+    def up(self) -> int: ...
+
+
+class Placed(NamedTuple):
+    """Rows ``[start, end)`` and the matrices that act on them; ``bias`` is the offset of the inner bias, if there is one."""
+
+    resident: Resident
+    start: int
+    end: int
+    matrices: Matrices
+    bias: int | None = None
+
+
+class LongRun(NamedTuple):
+    """A run with matrices of its own: ``down (rank, in)``, ``up (rank, out)``, ``bias (rank,)`` or None."""
+
+    start: int
+    end: int
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
-class VectorRows:
-    """The vector at element ``index[i]`` of the arena acts on ``rows[i]``; ``rows`` None: on all rows in order."""
+class LowRankWork:
+    """``y += act(x @ down.T + bias) @ up`` for rows of many programs: long runs as matrix products, everything else by one kernel."""
 
-    rows: Tensor | None
-    index: Tensor
+    long_runs: tuple[LongRun, ...]
+    short_rows: LowRankRows | None
+    kernel: Kernel
+    down: Tensor | None
+    up: Tensor | None
+    activation: str = "linear"
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add to the rows of ``y (N, out)`` in place, from ``x (N, in)``, which may be ``y`` itself."""
+        for start, end, down, up, bias in self.long_runs:
+            inner = x[start:end] @ down.T
+            if bias is not None:
+                inner = inner + bias
+            y[start:end].addmm_(ACTIVATIONS[self.activation](inner), up)
+        if self.short_rows is not None and self.down is not None and self.up is not None:
+            self.kernel(y, x, self.down, self.up, self.short_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +95,9 @@ class PairRows:
 
 @dataclass(frozen=True, slots=True)
 class SiteWork:
-    """What the programs of a step do at one linear site. Long runs as (start, end, down, up); everything else by row."""
+    """What the programs of a step do at one linear site."""
 
-    long_runs: tuple[tuple[int, int, Tensor, Tensor], ...]
-    short_rows: LowRankRows | None
-    kernel: Kernel
-    down: Tensor | None
-    up: Tensor | None
+    low_rank: LowRankWork | None
     in_scale: VectorRows | None
     out_scale: VectorRows | None
     shift: VectorRows | None
@@ -69,72 +114,97 @@ class StepEdits:
     """The edits of the programs that own the rows of one ragged batch."""
 
     def __init__(self, bank: Bank, runs: Sequence[Run], kernel: Kernel | None = None) -> None:
-        self._bank = bank
+        self.bank = bank
+        self.runs = [(bank.resident(slot), start, end) for slot, start, end in runs if slot]
+        self.num_rows = max((end for _, _, end in runs), default=0)
+        self.has_bottlenecks = any(resident.has_bottlenecks for resident, _, _ in self.runs)
         self._kernel = kernel
         self._long_run = LONG_RUN if kernel is None else LONG_RUN_NATIVE
-        self._runs = [(bank.resident(slot), start, end) for slot, start, end in runs if slot]
-        self._num_rows = max((end for _, _, end in runs), default=0)
-        self._linear: dict[str, SiteWork | None] = {}
+        self._made: dict[str, Any] = {}
 
-    def extras(self, site: str, prefix: str) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-        """Runs with loose tensors at a site: (start, end, {field: tensor}) of those fields that begin with ``prefix``."""
-        for resident, start, end in self._runs:
-            layout = resident.layouts.get(site)
-            if layout is None:
-                continue
-            found = {
-                name.removeprefix(prefix): resident.extras[tensor]
-                for name, tensor in layout.extras.items()
-                if name.startswith(prefix)
-            }
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """What ``make`` returns, made on first use and kept as long as these edits."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[no-any-return]
+
+    def at(self, site: str) -> list[tuple[Resident, int, int, SiteLayout]]:
+        """The runs that have edits at a site."""
+        return [(resident, start, end, resident.layouts[site]) for resident, start, end in self.runs if site in resident.layouts]
+
+    def extras(self, site: str, prefix: str) -> list[tuple[int, int, dict[str, Any]]]:
+        """Runs with loose tensors at a site: (start, end, {field: tensor or flag}) of those fields that begin with ``prefix``."""
+        return self.once(f"{site} {prefix}", lambda: list(self._extras(site, prefix)))
+
+    def _extras(self, site: str, prefix: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        for resident, start, end, layout in self.at(site):
+            held = {**{name: resident.extras[tensor] for name, tensor in layout.extras.items()}, **layout.flags}
+            found = {name.removeprefix(prefix): value for name, value in held.items() if name.startswith(prefix)}
             if found:
                 yield start, end, found
 
     def linear(self, site: str, in_features: int, out_features: int) -> SiteWork | None:
         """The work at a linear site; None when no program of the step edits it."""
-        if site not in self._linear:
-            here = [
-                (resident, start, end, resident.layouts[site]) for resident, start, end in self._runs if site in resident.layouts
-            ]
-            self._linear[site] = self._site_work(here, in_features, out_features) if here else None
-        return self._linear[site]
 
-    def _site_work(self, here: list[tuple[Resident, int, int, SiteLayout]], in_features: int, out_features: int) -> SiteWork:
-        bank = self._bank
+        def make() -> SiteWork | None:
+            here = self.at(site)
+            return self._site_work(here, in_features, out_features) if here else None
+
+        return self.once(site, make)
+
+    def vectors_of(self, found: Sequence[tuple[Resident, int, int, int | None]]) -> VectorRows | None:
+        """The rows with a vector, from (program, start, end, offset)."""
+        return vector_rows(found, self.num_rows, self.bank.vectors.device)
+
+    def low_rank(
+        self, placed: Sequence[Placed], in_features: int, out_features: int, activation: str = "linear"
+    ) -> LowRankWork | None:
+        """The low-rank work of pairs of matrices that share an activation; None when there are none."""
+        bank = self.bank
         down, up = bank.row_view(in_features), bank.row_view(out_features)
         long_runs, short = [], []
-        for resident, start, end, layout in here:
-            if not layout.rank:
+        for item in placed:
+            rank = item.matrices.rank
+            if not rank:
                 continue
-            if end - start >= self._long_run or down is None or up is None:
-                first, second = resident.rows_offset + layout.down, resident.rows_offset + layout.up
-                matrices = (
-                    bank.rows[first : first + layout.rank * in_features].view(layout.rank, in_features),
-                    bank.rows[second : second + layout.rank * out_features].view(layout.rank, out_features),
-                )
-                long_runs.append((start, end, *matrices))
-            else:
-                short.append((resident, start, end, layout))
-        distinct = {resident.serial: layout.rank for resident, _, _, layout in short}
-        kernel = self._kernel or (lowrank_concat if sum(distinct.values()) <= CONCAT_MAX_RANK else lowrank_gather)
-        return SiteWork(
-            long_runs=tuple(long_runs),
-            short_rows=self._low_rank_rows(short, in_features, out_features) if short else None,
-            kernel=kernel,
-            down=down,
-            up=up,
-            in_scale=self._vector_rows([(r, s, e, x.in_scale) for r, s, e, x in here], in_features),
-            out_scale=self._vector_rows([(r, s, e, x.out_scale) for r, s, e, x in here], out_features),
-            shift=self._vector_rows([(r, s, e, x.shift) for r, s, e, x in here], out_features),
-            pairs=tuple(
-                PairRows(scale, group)
-                for group in sorted({layout.pair_group for *_, layout in here if layout.pair_scale is not None})
-                if (
-                    scale := self._vector_rows(
-                        [(r, s, e, x.pair_scale) for r, s, e, x in here if x.pair_group == group], out_features
+            if item.end - item.start >= self._long_run or down is None or up is None:
+                first, second = item.resident.rows_offset + item.matrices.down, item.resident.rows_offset + item.matrices.up
+                long_runs.append(
+                    LongRun(
+                        item.start,
+                        item.end,
+                        bank.rows[first : first + rank * in_features].view(rank, in_features),
+                        bank.rows[second : second + rank * out_features].view(rank, out_features),
+                        self._bias(item),
                     )
                 )
-            ),
+            else:
+                short.append(item)
+        if not long_runs and not short:
+            return None
+        distinct = {(item.resident.serial, item.matrices.down): item.matrices.rank for item in short}
+        kernel = self._kernel or (lowrank_concat if sum(distinct.values()) <= CONCAT_MAX_RANK else lowrank_gather)
+        rows = self._low_rank_rows(short, in_features, out_features, activation) if short else None
+        return LowRankWork(tuple(long_runs), rows, kernel, down, up, activation)
+
+    def _bias(self, item: Placed) -> Tensor | None:
+        if item.bias is None:
+            return None
+        start = item.resident.vectors_offset + item.bias
+        return self.bank.vectors[start : start + item.matrices.rank].to(self.bank.rows.dtype)
+
+    def _site_work(self, here: list[tuple[Resident, int, int, SiteLayout]], in_features: int, out_features: int) -> SiteWork:
+        def vectors(name: str, group: int | None = None) -> VectorRows | None:
+            chosen = [item for item in here if group is None or item[3].pair_group == group]
+            return self.vectors_of([(r, start, end, getattr(layout, name)) for r, start, end, layout in chosen])
+
+        groups = sorted({layout.pair_group for *_, layout in here if layout.pair_scale is not None})
+        return SiteWork(
+            low_rank=self.low_rank([Placed(*item) for item in here], in_features, out_features),
+            in_scale=vectors("in_scale"),
+            out_scale=vectors("out_scale"),
+            shift=vectors("shift"),
+            pairs=tuple(PairRows(scale, group) for group in groups if (scale := vectors("pair_scale", group))),
             loose=tuple(
                 (start, end, {name: resident.extras[layout.extras[name]] for name in _LOOSE if name in layout.extras})
                 for resident, start, end, layout in here
@@ -142,65 +212,49 @@ class StepEdits:
             ),
         )
 
-    def _low_rank_rows(
-        self, short: list[tuple[Resident, int, int, SiteLayout]], in_features: int, out_features: int
-    ) -> LowRankRows:
+    def _low_rank_rows(self, short: list[Placed], in_features: int, out_features: int, activation: str) -> LowRankRows:
         rows: list[int] = []
+        ranks: list[int] = []
+        member_of: list[int] = []
+        index: dict[tuple[int, int], int] = {}
         downs: list[Tensor] = []
         ups: list[Tensor] = []
-        ranks: list[int] = []
-        program_of_row: list[int] = []
-        programs: dict[int, int] = {}
-        distinct: list[tuple[Tensor, Tensor]] = []
-        for resident, start, end, layout in short:
-            if resident.serial not in programs:
-                programs[resident.serial] = len(distinct)
-                steps = torch.arange(layout.rank)
-                distinct.append(
-                    (
-                        steps + (resident.rows_offset + layout.down) // in_features,
-                        steps + (resident.rows_offset + layout.up) // out_features,
-                    )
-                )
-            which = programs[resident.serial]
-            for row in range(start, end):
-                rows.append(row)
-                downs.append(distinct[which][0])
-                ups.append(distinct[which][1])
-                ranks.append(layout.rank)
-                program_of_row.append(which)
-        device = self._bank.rows.device
+        biases: list[Tensor] = []
+        has_bias = any(item.bias is not None for item in short)
+        for item in short:
+            key = (item.resident.serial, item.matrices.down)
+            if key not in index:
+                index[key] = len(downs)
+                steps = torch.arange(item.matrices.rank)
+                downs.append(steps + (item.resident.rows_offset + item.matrices.down) // in_features)
+                ups.append(steps + (item.resident.rows_offset + item.matrices.up) // out_features)
+                bias = self._bias(item)
+                biases.append(self.bank.rows.new_zeros(item.matrices.rank) if bias is None else bias)
+            count = item.end - item.start
+            rows += range(item.start, item.end)
+            ranks += [item.matrices.rank] * count
+            member_of += [index[key]] * count
+        device = self.bank.rows.device
         rank_tensor = torch.tensor(ranks)
         offsets = torch.cumsum(rank_tensor, 0) - rank_tensor
-        part_program = torch.repeat_interleave(torch.arange(len(distinct)), torch.tensor([down.shape[0] for down, _ in distinct]))
+        down, up = torch.cat([downs[which] for which in member_of]), torch.cat([ups[which] for which in member_of])
+        part_program = torch.repeat_interleave(torch.arange(len(downs)), torch.tensor([part.shape[0] for part in downs]))
         return LowRankRows(
-            rows=None if rows == list(range(self._num_rows)) else torch.tensor(rows, device=device),
-            down=torch.cat(downs).to(device),
-            up=torch.cat(ups).to(device),
+            rows=row_index(rows, self.num_rows, device),
+            down=down.to(device),
+            up=up.to(device),
             owner=torch.repeat_interleave(torch.arange(len(rows)), rank_tensor).to(device),
             offsets=offsets.to(device),
-            first_down=torch.cat(downs)[offsets].to(device),
-            first_up=torch.cat(ups)[offsets].to(device),
+            first_down=down[offsets].to(device),
+            first_up=up[offsets].to(device),
             ranks=rank_tensor.to(device),
-            distinct_down=torch.cat([down for down, _ in distinct]).to(device),
-            distinct_up=torch.cat([up for _, up in distinct]).to(device),
-            member=(torch.tensor(program_of_row)[:, None] == part_program).to(device),
+            distinct_down=torch.cat(downs).to(device),
+            distinct_up=torch.cat(ups).to(device),
+            member=(torch.tensor(member_of)[:, None] == part_program).to(device),
             rank=ranks[0] if len(set(ranks)) == 1 else 0,
-        )
-
-    def _vector_rows(self, found: list[tuple[Resident, int, int, int | None]], width: int) -> VectorRows | None:
-        rows: list[int] = []
-        starts: list[int] = []
-        for resident, start, end, offset in found:
-            if offset is not None:
-                rows += range(start, end)
-                starts += [resident.vectors_offset + offset] * (end - start)
-        if not rows:
-            return None
-        device = self._bank.vectors.device
-        return VectorRows(
-            rows=None if rows == list(range(self._num_rows)) else torch.tensor(rows, device=device),
-            index=torch.tensor(starts, device=device),
+            bias=torch.cat([biases[which] for which in member_of]) if has_bias else None,
+            distinct_bias=torch.cat(biases) if has_bias else None,
+            activation=activation,
         )
 
 
@@ -226,23 +280,6 @@ class EditCache:
         return edits
 
 
-def scale_rows(x: Tensor, vectors: Tensor, work: VectorRows) -> Tensor:
-    """``x[row] * vector`` for the rows that have one, computed in the vectors' precision; other rows are passed through."""
-    scales = _take(vectors, work, x.shape[-1])
-    if work.rows is None:
-        return (x * scales).to(x.dtype)
-    return x.index_copy(0, work.rows, (x.index_select(0, work.rows) * scales).to(x.dtype))
-
-
-def shift_rows(y: Tensor, vectors: Tensor, work: VectorRows) -> None:
-    """``y[row] += vector`` in place."""
-    shifts = _take(vectors, work, y.shape[-1]).to(y.dtype)
-    if work.rows is None:
-        y += shifts
-    else:
-        y.index_add_(0, work.rows, shifts)
-
-
 def rotate_rows(x: Tensor, work: SiteWork) -> Tensor:
     """``x`` with the rotated rows replaced: every block of ``b`` inputs times its ``(b, b)`` matrix."""
     rotated = x.clone()
@@ -262,21 +299,14 @@ def swap_pairs(z: Tensor, group: int) -> Tensor:
 
 def add_pairs(y: Tensor, z: Tensor, vectors: Tensor, pairs: PairRows) -> None:
     """``y[row] += pair_scale * swap(z[row])`` in place."""
-    rows = pairs.scale.rows
-    chosen = z if rows is None else z.index_select(0, rows)
-    added = (swap_pairs(chosen, pairs.group) * _take(vectors, pairs.scale, z.shape[-1])).to(y.dtype)
-    if rows is None:
-        y += added
-    else:
-        y.index_add_(0, rows, added)
+    swapped = swap_pairs(pick(z, pairs.scale.rows), pairs.group)
+    add_rows(y, (swapped * take(vectors, pairs.scale, z.shape[-1])).to(y.dtype), pairs.scale.rows)
 
 
 def add_linear_terms(y: Tensor, x: Tensor, work: SiteWork) -> None:
     """Every program's ``(x @ down.T) @ up + x @ dense.T + kron(left, right) x`` added to its rows of ``y``, in place."""
-    for start, end, down, up in work.long_runs:
-        y[start:end].addmm_(x[start:end] @ down.T, up)
-    if work.short_rows is not None and work.down is not None and work.up is not None:
-        work.kernel(y, x, work.down, work.up, work.short_rows)
+    if work.low_rank is not None:
+        work.low_rank.add(y, x)
     for start, end, found in work.loose:
         if "dense" in found:
             y[start:end].addmm_(x[start:end], found["dense"].T)
@@ -284,21 +314,3 @@ def add_linear_terms(y: Tensor, x: Tensor, work: SiteWork) -> None:
             left, right = found["left"], found["right"]
             blocks = x[start:end].view(end - start, left.shape[1], right.shape[1])
             y[start:end] += torch.matmul(left, blocks @ right.T).reshape(end - start, -1)
-
-
-def _take(vectors: Tensor, work: VectorRows, width: int) -> Tensor:
-    """The vectors at ``index`` (element offsets): ``(rows, width)``."""
-    return vectors[work.index[:, None] + torch.arange(width, device=vectors.device)]
-
-
-__all__ = [
-    "EditCache",
-    "Run",
-    "SiteWork",
-    "StepEdits",
-    "add_linear_terms",
-    "add_pairs",
-    "rotate_rows",
-    "scale_rows",
-    "shift_rows",
-]

@@ -33,6 +33,7 @@ class Resident:
     num_rows: int
     num_vectors: int
     nbytes: int
+    has_bottlenecks: bool = False
 
 
 class Bank:
@@ -145,6 +146,7 @@ class Bank:
             num_rows=program.rows.numel(),
             num_vectors=program.vectors.numel(),
             nbytes=program.nbytes,
+            has_bottlenecks=any(layout.bottlenecks for layout in program.layouts.values()),
         )
         self._by_id[program.program_id] = resident
         self._by_slot[resident.slot] = resident

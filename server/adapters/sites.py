@@ -12,30 +12,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from server.adapters.apply import StepEdits, add_linear_terms, add_pairs, rotate_rows, scale_rows, shift_rows
+from server.adapters.activations import ACTIVATIONS
+from server.adapters.apply import StepEdits, add_linear_terms, add_pairs, rotate_rows
 from server.adapters.bank import Bank
-from server.adapters.base_spec import BaseSpec, SiteSpec
+from server.adapters.base_spec import BaseSpec, SiteSpec, Sublayer
+from server.adapters.bottleneck import Streams, SublayerResult, SublayerWork, run_sublayer, sublayer_work
+from server.adapters.rows import scale_rows, shift_rows
 
 
 class SiteState:
-    """What all sites of one model share: the bank, and the edits of the step that is being run (None: none)."""
+    """What all sites of one model share: the bank, and of the step that is being run the edits (None: none) and the tokens' positions.
 
-    __slots__ = ("bank", "edits", "head_edits")
+    ``streams`` holds what one site of a layer keeps for another: a norm's input, a sub-layer's output. ``side`` holds what is added after
+    a linear: (first row, end, values).
+    """
+
+    __slots__ = ("bank", "edits", "head_edits", "positions", "side", "streams")
 
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
         self.edits: StepEdits | None = None
         self.head_edits: StepEdits | None = None
+        self.positions: Tensor | None = None
+        self.streams: dict[str, Tensor] = {}
+        self.side: dict[str, list[tuple[int, int, Tensor]]] = {}
+
+    def unbind(self) -> None:
+        """Forget the step."""
+        self.edits = self.head_edits = self.positions = None
+        self.streams.clear()
+        self.side.clear()
 
 
 class Site(nn.Module):
     """A wrapped module. Attributes that models read off their submodules (``weight``, …) come from the original."""
 
-    def __init__(self, inner: nn.Module, spec: SiteSpec, state: SiteState) -> None:
+    def __init__(self, inner: nn.Module, spec: SiteSpec, state: SiteState, sublayer: Sublayer | None = None) -> None:
         super().__init__()
         self.inner = inner
         self.spec = spec
         self.state = state
+        self.sublayer = sublayer
+        """The sub-layer whose output this site makes, or whose streams it keeps for another site."""
+
+    @property
+    def ends_sublayer(self) -> bool:
+        """Whether bottlenecks attach here; if not, and there is a sub-layer, this site only keeps a stream."""
+        return self.sublayer is not None and self.sublayer.site == self.spec.name
+
+    def sublayer_work(self, edits: StepEdits) -> SublayerWork | None:
+        """The bottlenecks of a step at this site."""
+        if not edits.has_bottlenecks or not self.ends_sublayer:
+            return None
+        return sublayer_work(edits, self.spec.name, self.spec.out_features)
+
+    def keep(self, stream: Tensor, edits: StepEdits) -> None:
+        """Leave a stream for the site that ends the sub-layer."""
+        if edits.has_bottlenecks and self.sublayer is not None and not self.ends_sublayer:
+            self.state.streams[self.spec.name] = stream.reshape(-1, stream.shape[-1])
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -49,9 +83,33 @@ class LinearSite(Site):
 
     def forward(self, x: Tensor) -> Tensor:
         edits = self.state.edits
-        return self.inner(x) if edits is None else self.edited(x, edits)
+        if edits is None:
+            return self.inner(x)  # type: ignore[no-any-return]
+        y = self.edited(x, edits)
+        if self.sublayer is None:
+            return y
+        for start, end, values in self.state.side.pop(self.spec.name, ()):
+            y.view(-1, y.shape[-1])[start:end] += values
+        self.keep(y, edits)
+        work = self.sublayer_work(edits)
+        return y if work is None else self._joined(y, work)
+
+    def _joined(self, y: Tensor, work: SublayerWork) -> Tensor:
+        """Pre-norm: what the layer adds to the residual stream, bottlenecks included."""
+        assert self.sublayer is not None
+        residual = self.state.streams.get(self.sublayer.other)
+        result = run_sublayer(work, Streams(y.reshape(-1, y.shape[-1]), residual), self.state.bank.vectors)
+        for rows in result.whole:
+            # The layer adds the residual stream to everything: for these rows it is in there already.
+            assert residual is not None
+            if rows is None:
+                result.t.sub_(residual)
+            else:
+                result.t.index_add_(0, rows, -residual.index_select(0, rows))
+        return result.t.view(y.shape)
 
     def edited(self, x: Tensor, edits: StepEdits) -> Tensor:
+        """``x (…, in)`` to ``y (…, out)`` with the linear terms of a step."""
         work = edits.linear(self.spec.name, self.spec.in_features, self.spec.out_features)
         if work is None:
             return self.inner(x)  # type: ignore[no-any-return]
@@ -97,14 +155,57 @@ class NormSite(Site):
     """Replaced norm parameters, by running the original module's own code with them on the rows concerned."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
         edits = self.state.edits
         if edits is None:
-            return y  # type: ignore[no-any-return]
+            return self.inner(x)  # type: ignore[no-any-return]
+        self.keep(x, edits)
+        work = self.sublayer_work(edits)
+        return self._normed(x, edits) if work is None else self._joined(x, edits, work)
+
+    def _normed(self, x: Tensor, edits: StepEdits) -> Tensor:
+        y: Tensor = self.inner(x)
         for start, end, found in edits.extras(self.spec.name, "norm."):
             rows = (..., slice(start, end), slice(None))
             y[rows] = torch.func.functional_call(self.inner, found, (x[rows],))
-        return y  # type: ignore[no-any-return]
+        return y
+
+    def _joined(self, x: Tensor, edits: StepEdits, work: SublayerWork) -> Tensor:
+        """Post-norm: ``x`` is sub-layer's output plus residual; bottlenecks change the former before the norm."""
+        assert self.sublayer is not None
+        output, total = self.state.streams[self.sublayer.other], x.reshape(-1, x.shape[-1])
+        streams = Streams(output, total - output, lambda: self._normed(x, edits).view(total.shape))
+        result: SublayerResult = run_sublayer(work, streams, self.state.bank.vectors)
+        y = self._normed((total + (result.t - output)).view(x.shape), edits).view(total.shape)
+        for rows in result.whole:
+            if rows is None:
+                y = result.t
+            else:
+                y[rows] = result.t[rows]
+        return y.view(x.shape)
+
+
+class LayerSite(Site):
+    """A whole layer: interventions on its output, at the first positions of a sequence."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.inner(*args, **kwargs)
+        edits = self.state.edits
+        if edits is not None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            for start, end, found in edits.extras(self.spec.name, "intervention."):
+                self._intervene(hidden.view(-1, hidden.shape[-1])[start:end], start, end, found)
+        return output
+
+    def _intervene(self, rows: Tensor, start: int, end: int, found: dict[str, Any]) -> None:
+        assert self.state.positions is not None
+        early = self.state.positions[start:end] < found["positions"]
+        if not bool(early.any()):
+            return
+        y = rows[early]
+        inner = ACTIVATIONS[found["activation"]](F.linear(y, found["source"], found.get("source_bias")))
+        if found["subtracts"]:
+            inner = inner - F.linear(y, found["project"])
+        rows[early] = y + inner @ found["project"]
 
 
 class EmbeddingSite(Site):
@@ -139,14 +240,17 @@ _KINDS: dict[str, type[Site]] = {
     "head": HeadSite,
     "norm": NormSite,
     "embedding": EmbeddingSite,
+    "layer": LayerSite,
 }
 
 
 def attach(model: nn.Module, spec: BaseSpec, state: SiteState) -> None:
     """Swap every site of the base for its wrapper. Call after the weights are loaded."""
-    for site in spec.sites:
+    sublayers = {name: sublayer for sublayer in spec.sublayers for name in (sublayer.site, sublayer.other)}
+    # Inner modules first: the wrapper of a layer is not where its parts hang.
+    for site in sorted(spec.sites, key=lambda item: item.kind == "layer"):
         if site.kind not in _KINDS:
             continue
         parent_name, _, child = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        setattr(parent, child, _KINDS[site.kind](getattr(parent, child), site, state))
+        setattr(parent, child, _KINDS[site.kind](getattr(parent, child), site, state, sublayers.get(site.name)))

@@ -6,13 +6,15 @@ module stores K/V, and lets every row see its own sequence's keys only. Masks se
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from server.adapters.sites import SiteState
 from server.engine.batch import Batch, DecodeGroup, PrefillPiece
 from server.engine.kv_cache import KVCache
 
@@ -23,13 +25,26 @@ _WITHOUT_EFFECT = frozenset({"position_ids", "is_causal", "use_cache", "cache_po
 
 
 class AttentionState:
-    """The step that is being run and the cache it runs on; one per model, set on each attention module."""
+    """The step that is being run and the cache it runs on; one per model."""
 
-    __slots__ = ("batch", "cache")
+    __slots__ = ("batch", "cache", "sites")
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, sites: SiteState) -> None:
         self.cache = cache
+        self.sites = sites
         self.batch: Batch | None = None
+
+    def at(self, site: str, output: str) -> AttentionPlace:
+        """The state as one attention module sees it: the names of its site and of the linear after it."""
+        return AttentionPlace(self, site, output)
+
+
+class AttentionPlace(NamedTuple):
+    """What an attention module needs beside its arguments; set on each of them."""
+
+    state: AttentionState
+    site: str
+    output: str
 
 
 def paged_attention(
@@ -52,7 +67,8 @@ def paged_attention(
     unknown = sorted(name for name, item in kwargs.items() if item is not None and name not in _WITHOUT_EFFECT)
     if unknown or attention_mask is not None or dropout:
         raise TypeError(f"paged attention does not implement {unknown or 'masks and dropout'}")
-    state: AttentionState = module.medley_attention  # type: ignore[assignment]
+    place: AttentionPlace = module.medley_attention  # type: ignore[assignment]
+    state = place.state
     layer: int = module.layer_idx  # type: ignore[assignment]
     if state.batch is None:
         raise RuntimeError("attention ran outside a step")
@@ -69,6 +85,15 @@ def paged_attention(
     for piece in state.batch.prefills:
         keys, values = state.cache.gather(layer, piece.table)
         out[:, piece.start : piece.end] = _attend_prefill(query[0, :, piece.start : piece.end], piece, keys, values, rules)
+    edits = state.sites.edits
+    if edits is not None:
+        for start, end, found in edits.extras(place.site, "side."):
+            attended = _attend_side(query[0, :, start:end], found["key"], found["value"])
+            if found["projected"]:
+                out[:, start:end] += attended
+            else:
+                rows = attended.transpose(0, 1).reshape(end - start, -1)
+                state.sites.side.setdefault(place.output, []).append((start, end, rows))
     return out.transpose(0, 1).unsqueeze(0), None
 
 
@@ -111,6 +136,14 @@ def _attend_prefill(query: Tensor, piece: PrefillPiece, keys: Tensor, values: Te
     scores = _cap(scores, rules.softcap).masked_fill(_hidden(piece, count, rules.window, query.device), float("-inf"))
     attended = torch.matmul(_softmax(scores).view(keys.shape[0], -1, piece.kv_length), values)
     return attended.view(heads, count, width)
+
+
+def _attend_side(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Queries over keys and values that every row sees. ``query (heads, n, d)``, ``key``, ``value (length, kv_heads, d)`` → ``(heads, n, d)``."""
+    heads, count, width = query.shape
+    grouped = query.reshape(key.shape[1], -1, width)
+    scores = torch.matmul(grouped, key.permute(1, 2, 0)) / math.sqrt(width)
+    return torch.matmul(_softmax(scores), value.transpose(0, 1)).view(heads, count, width)
 
 
 def _hidden(piece: PrefillPiece, count: int, window: int | None, device: torch.device) -> Tensor:

@@ -34,14 +34,15 @@ class Runner:
     def __init__(self, base: BaseModel, cache: KVCache, bank: Bank, *, kernel: Kernel | None = None) -> None:
         self._base = base
         self._cache = cache
-        self._attention = AttentionState(cache)
         self._sites = SiteState(bank)
+        self._attention = AttentionState(cache, self._sites)
         self._edits = EditCache(bank, kernel=kernel)
         self._head_edits = EditCache(bank, kernel=kernel)
         attach(base.model, base.spec, self._sites)
-        for module in base.model.modules():
-            if hasattr(module, "layer_idx"):
-                module.medley_attention = self._attention  # type: ignore[assignment]
+        for layer in range(base.spec.num_layers):
+            name = base.spec.layer_site(layer, base.spec.names.attention)
+            output = base.spec.layer_site(layer, base.spec.names.attention_out)
+            base.model.get_submodule(name).medley_attention = self._attention.at(name, output)  # type: ignore[assignment]
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
@@ -60,13 +61,14 @@ class Runner:
         if self._attention.batch is not None:
             raise RuntimeError("a step is already running on this model")
         self._attention.batch = batch
+        self._sites.positions = batch.positions
         self._sites.edits = self._edits.get(batch.token_slots)
         self._sites.head_edits = self._head_edits.get(batch.sample_slots)
         try:
             yield
         finally:
             self._attention.batch = None
-            self._sites.edits = self._sites.head_edits = None
+            self._sites.unbind()
 
 
 def _finite_items(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[bool, ...]:

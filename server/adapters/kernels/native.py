@@ -16,27 +16,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from server.adapters.kernels.lowrank import LowRankRows
+from server.adapters.kernels.lowrank import LowRankRows, lowrank_gather
 
 SOURCE = Path(__file__).with_name("lowrank.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 _ENTRIES = {torch.float32: "lowrank_f32", torch.bfloat16: "lowrank_bf16"}
 
+_ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "silu": 4, "swish": 4, "tanh": 5}
+"""Codes of lowrank.cpp."""
+
 log = logging.getLogger(__name__)
 
 
 class NativeLowRank:
-    """``lowrank_reference`` on contiguous CPU tensors of one dtype. Raises OSError when the library does not load."""
+    """``lowrank_reference`` on contiguous CPU tensors of one dtype; activations that lowrank.cpp lacks take ``lowrank_gather``.
+
+    Raises OSError when the library does not load.
+    """
 
     def __init__(self, library: Path, dtype: torch.dtype) -> None:
         _share_openmp()
         self._function = getattr(ctypes.CDLL(str(library)), _ENTRIES[dtype])
-        self._function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 4
+        self._function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 6 + [ctypes.c_int64]
         self._function.restype = None
 
     def __call__(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: LowRankRows) -> None:
         if not (x.is_contiguous() and y.is_contiguous()):
             raise ValueError("the native kernel needs contiguous rows")
+        code = _ACTIVATIONS.get(index.activation)
+        if code is None:
+            # Rare activations are not worth C++ of their own.
+            lowrank_gather(y, x, down, up, index)
+            return
         self._function(
             down.data_ptr(),
             up.data_ptr(),
@@ -49,6 +60,9 @@ class NativeLowRank:
             index.first_down.data_ptr(),
             index.first_up.data_ptr(),
             index.ranks.data_ptr(),
+            index.offsets.data_ptr(),
+            None if index.bias is None else index.bias.data_ptr(),
+            code,
         )
 
 

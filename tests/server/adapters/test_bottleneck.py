@@ -1,0 +1,162 @@
+"""Bottlenecks of many programs in one batch equal the reference of each alone: every placement, norms, weights, long and short runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from server.adapters.apply import StepEdits
+from server.adapters.bank import Bank
+from server.adapters.base_spec import BaseSpec, SiteSpec
+from server.adapters.bottleneck import Streams, bottleneck_reference, fusion_reference, run_sublayer, sublayer_work
+from server.adapters.ir import BottleneckEdit, FusionEdit, Placement, Program
+from server.adapters.kernels import Kernel, load_native, lowrank_concat, lowrank_gather, lowrank_reference
+from server.adapters.program_file import pack_program
+
+HIDDEN, SITE = 12, "out"
+SPEC = BaseSpec(
+    family="llama",
+    digest="",
+    dtype="float64",
+    hidden_size=HIDDEN,
+    vocab_size=11,
+    num_layers=1,
+    backbone_prefix="model.",
+    tied_head=False,
+    embedding="e",
+    head="h",
+    sites=(SiteSpec(SITE, "linear", HIDDEN, HIDDEN, False, 0),),
+)
+STREAMS = ("sublayer", "residual", "sum", "normed")
+
+
+def normed(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (HIDDEN,))
+
+
+def edit(draw: st.DrawFn, seed: int) -> BottleneckEdit:
+    generator = torch.Generator().manual_seed(seed)
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    placement = Placement(
+        activation=draw(st.sampled_from(("relu", "gelu", "gelu_new", "silu", "tanh", "linear", "leakyrelu"))),
+        source=draw(st.sampled_from(STREAMS)),  # type: ignore[arg-type]
+        residual=draw(st.sampled_from(("sublayer", "sum", "normed"))),  # type: ignore[arg-type]
+        norm_first=draw(st.booleans()),
+        replaces=draw(st.booleans()),
+    )
+    rank, has = draw(st.integers(1, 5)), [draw(st.booleans()) for _ in range(4)]
+    return BottleneckEdit(
+        placement,
+        r(rank, HIDDEN),
+        r(rank, HIDDEN),
+        r(rank) if has[0] else None,
+        r(HIDDEN) if has[1] else None,
+        *((r(HIDDEN), r(HIDDEN)) if has[2] else (None, None)),
+        *((r(HIDDEN), r(HIDDEN)) if has[3] else (None, None)),
+        weight=draw(st.sampled_from((1.0, 1.0, 0.5))),
+    )
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> list[tuple[list[BottleneckEdit], int]]:
+    """Programs with one or two bottlenecks, and how many rows each owns; no edits: the base's rows."""
+    found = []
+    for index in range(draw(st.integers(1, 6))):
+        edits = [edit(draw, 10 * index + number) for number in range(draw(st.integers(0, 2)))]
+        if len(edits) == 2:
+            edits = [replace(item, placement=replace(item.placement, replaces=False)) for item in edits]
+        found.append((edits, draw(st.sampled_from((1, 1, 2, 20)))))
+    return found
+
+
+@pytest.mark.parametrize("kernel", [None, lowrank_reference, lowrank_gather, lowrank_concat])
+@settings(max_examples=60, deadline=None)
+@given(batch=programs())
+def test_packed_equals_the_reference_of_each(kernel: Kernel | None, batch: list[tuple[list[BottleneckEdit], int]]) -> None:
+    bank = Bank(SPEC, capacity_bytes=1 << 20, max_slots=16, dtype=torch.float64, device=torch.device("cpu"))
+    runs, row = [], 0
+    for index, (edits, count) in enumerate(batch):
+        slot = 0
+        if edits:
+            program = Program()
+            for item in edits:
+                program.add(SITE, item)
+            resident, _ = bank.admit(pack_program(program, program_id=str(index)))
+            assert resident is not None
+            slot = resident.slot
+        runs.append((slot, row, row + count))
+        row += count
+    generator = torch.Generator().manual_seed(1)
+    s, r = (torch.randn(row, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(2))
+    work = sublayer_work(StepEdits(bank, runs, kernel), SITE, HIDDEN)
+    streams = Streams(s, r, lambda: normed(s + r))
+    result = run_sublayer(work, streams, bank.vectors) if work is not None else None
+    whole = {
+        index
+        for rows in (result.whole if result is not None else ())
+        for index in (range(row) if rows is None else rows.tolist())
+    }
+    for (edits, _), (_, start, end) in zip(batch, runs, strict=True):
+        expected = s[start:end].clone()
+        for item in edits:
+            part = Streams(s[start:end], r[start:end], lambda start=start, end=end: normed((s + r)[start:end]))
+            expected += bottleneck_reference(item, part) - s[start:end]
+        found = s if result is None else result.t
+        torch.testing.assert_close(found[start:end], expected, rtol=1e-9, atol=1e-9)
+        replaced = any(item.placement.replaces for item in edits)
+        assert all((index in whole) == replaced for index in range(start, end))
+
+
+def test_a_fusion_attends_over_its_children_beside_other_programs() -> None:
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    torch.manual_seed(0)
+    children = [BottleneckEdit(Placement("relu", source="sum"), r(2, HIDDEN), r(2, HIDDEN), r(2), r(HIDDEN)) for _ in range(3)]
+    fusion = FusionEdit(Placement(source="sum"), r(HIDDEN, HIDDEN), r(HIDDEN), r(HIDDEN, HIDDEN), r(HIDDEN), r(HIDDEN, HIDDEN))
+    fused, plain = Program(), Program()
+    for item in [*children, fusion]:
+        fused.add(SITE, item)
+    plain.add(SITE, children[0])
+    bank = Bank(SPEC, capacity_bytes=1 << 20, max_slots=4, dtype=torch.float64, device=torch.device("cpu"))
+    slots = []
+    for name, program in (("fused", fused), ("plain", plain)):
+        resident, _ = bank.admit(pack_program(program, program_id=name))
+        assert resident is not None
+        slots.append(resident.slot)
+    s, residual = r(4, HIDDEN), r(4, HIDDEN)
+    work = sublayer_work(StepEdits(bank, [(0, 0, 1), (slots[0], 1, 3), (slots[1], 3, 4)]), SITE, HIDDEN)
+    assert work is not None
+    t = run_sublayer(work, Streams(s, residual), bank.vectors).t
+    torch.testing.assert_close(t[0], s[0])
+    torch.testing.assert_close(t[1:3], fusion_reference(children, fusion, Streams(s[1:3], residual[1:3])))
+    torch.testing.assert_close(t[3:], bottleneck_reference(children[0], Streams(s[3:], residual[3:])))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "silu", "tanh", "leakyrelu", "quick_gelu"])
+def test_the_native_kernel_activates_as_pytorch_does(activation: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    native = load_native(tmp_path_factory.getbasetemp() / "kernels", torch.float32, torch.device("cpu"))
+    assert native is not None
+    spec = replace(SPEC, dtype="float32")
+    torch.manual_seed(0)
+    program = Program()
+    item = BottleneckEdit(Placement(activation), torch.randn(5, HIDDEN), torch.randn(5, HIDDEN), torch.randn(5))
+    program.add(SITE, item)
+    bank = Bank(spec, capacity_bytes=1 << 20, max_slots=4, dtype=torch.float32, device=torch.device("cpu"))
+    resident, _ = bank.admit(pack_program(program, program_id="p"))
+    assert resident is not None
+    s = torch.randn(3, HIDDEN)
+    work = sublayer_work(StepEdits(bank, [(resident.slot, 0, 3)], native), SITE, HIDDEN)
+    assert work is not None
+    assert work.groups[0].work.kernel is native
+    streams = Streams(s, None)
+    torch.testing.assert_close(run_sublayer(work, streams, bank.vectors).t, bottleneck_reference(item, streams))
