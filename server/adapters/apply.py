@@ -17,7 +17,7 @@ from torch import Tensor
 from server.adapters.activations import ACTIVATIONS
 from server.adapters.bank import Bank, Resident
 from server.adapters.kernels import Kernel, LowRankRows, lowrank_concat, lowrank_gather
-from server.adapters.program_file import SiteLayout
+from server.adapters.packed import SiteLayout
 from server.adapters.rows import VectorRows, add_rows, pick, row_index, take, vector_rows
 
 T = TypeVar("T")

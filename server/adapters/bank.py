@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec
 from server.adapters.extents import Extents
-from server.adapters.program_file import PackedProgram, SiteLayout, alignment
+from server.adapters.packed import PackedProgram, SiteLayout, alignment
 
 
 @dataclass(frozen=True, slots=True)

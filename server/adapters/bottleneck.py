@@ -18,7 +18,7 @@ from server.adapters.activations import ACTIVATIONS
 from server.adapters.apply import LowRankWork, Placed, StepEdits
 from server.adapters.bank import Bank, Resident
 from server.adapters.ir import BottleneckEdit, FusionEdit, Placement
-from server.adapters.program_file import BottleneckLayout, SiteLayout
+from server.adapters.packed import BottleneckLayout, SiteLayout
 from server.adapters.rows import NORM_EPS, VectorRows, add_rows, norm_rows, pick, row_index, shift_rows
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from server.adapters.program_file import PackedProgram, read_program
+from server.adapters.packed import PackedProgram
+from server.adapters.program_file import read_program
 from server.engine.types import ProgramRef
 
 

@@ -12,7 +12,7 @@ from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec
 from server.adapters.extents import Extents
 from server.adapters.ir import LinearEdit, Program
-from server.adapters.program_file import PackedProgram, alignment, pack_program
+from server.adapters.packed import PackedProgram, alignment, pack_program
 
 SPEC = BaseSpec(
     family="llama",

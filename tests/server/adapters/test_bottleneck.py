@@ -17,7 +17,7 @@ from server.adapters.base_spec import BaseSpec, SiteSpec
 from server.adapters.bottleneck import Streams, bottleneck_reference, fusion_reference, run_sublayer, sublayer_work
 from server.adapters.ir import BottleneckEdit, FusionEdit, Placement, Program
 from server.adapters.kernels import Kernel, load_native, lowrank_concat, lowrank_gather, lowrank_reference
-from server.adapters.program_file import pack_program
+from server.adapters.packed import pack_program
 
 HIDDEN, SITE = 12, "out"
 SPEC = BaseSpec(

@@ -24,7 +24,8 @@ from server.adapters.ir import (
     SideEdit,
     TaskHead,
 )
-from server.adapters.program_file import read_program, unpack_program, write_program
+from server.adapters.packed import unpack_program
+from server.adapters.program_file import read_program, write_program
 from tests.conftest import TinyModels
 from tests.harness import load_base_for_lowering
 
