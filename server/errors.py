@@ -87,6 +87,7 @@ FAULTS = {
     "lowering_crashed": "The lowering process died on this adapter.",
     "lowering_failed": "The adapter has a fault that has no name yet.",
     "lowering_timeout": "Lowering took too long.",
+    "missing_child": "A fusion names an adapter that this tenant has not stored.",
     "missing_file": "adapter_config.json or adapter_model.safetensors is missing.",
     "missing_tensor": "A tensor that belongs to a pair or group is missing.",
     "mixed_upload": "Archive and single files came together.",
