@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct, frozen=True):
-    config: str
-    weights: str
+    """``files`` are the adapter's by role; see ``lower.checkpoint.read_checkpoint``."""
+
+    files: dict[str, str]
     program: str
     program_id: str
 
@@ -102,23 +104,23 @@ class LowererClient:
         """The id of the program that a single adapter lowers to."""
         return program_id(((digest, 1.0),), self._base_digest)
 
-    async def ensure(self, digest: str, config: Path, weights: Path) -> LoweredProgram:
-        """The adapter's program, lowered now unless its file is there. Raises LoweringError with all faults."""
+    async def ensure(self, digest: str, files: Mapping[str, Path]) -> LoweredProgram:
+        """The program of the adapter with these files by role, lowered now unless it is there. Raises LoweringError with all faults."""
         name = self.program_id(digest)
         task = self._under_way.get(name)
         if task is None:
-            task = asyncio.create_task(self._ensure(name, config, weights))
+            task = asyncio.create_task(self._ensure(name, files))
             self._under_way[name] = task
             task.add_done_callback(lambda _: self._under_way.pop(name, None))
         # One caller that goes away must not take the work from the others.
         return await asyncio.shield(task)
 
-    async def _ensure(self, name: str, config: Path, weights: Path) -> LoweredProgram:
+    async def _ensure(self, name: str, files: Mapping[str, Path]) -> LoweredProgram:
         path = self._programs / f"{name}.safetensors"
         if path.exists():
             return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
         async with self._turn:
-            done = await self._run(Job(str(config), str(weights), str(path), name))
+            done = await self._run(Job({role: str(file) for role, file in files.items()}, str(path), name))
         if done.faults:
             raise LoweringError(done.faults)
         return LoweredProgram(name, path, done.facts)

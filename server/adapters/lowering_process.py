@@ -6,10 +6,8 @@ limit, and may die without harm. Started by ``LowererClient`` with a Start messa
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import msgspec
 import torch
 import zmq
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.adapters.base_spec import describe
@@ -25,6 +22,7 @@ from server.adapters.faults import Fault, LoweringError
 from server.adapters.ir import BottleneckEdit, LinearEdit, Program
 from server.adapters.lower import Checkpoint, Method, lower, method_of
 from server.adapters.lower.base import Base, BaseWeights
+from server.adapters.lower.checkpoint import read_checkpoint
 from server.adapters.lowerer import Done, Job, Start
 from server.adapters.program_file import write_program
 
@@ -64,12 +62,10 @@ def _load_base(start: Start) -> Base:
 
 def _lower(job: Job, base: Base, max_bytes: int) -> Done:
     try:
-        config = json.loads(Path(job.config).read_text(encoding="utf-8"))
-        tensors = load_file(job.weights)
-        checkpoint = Checkpoint(config, tensors)
+        checkpoint = read_checkpoint({role: Path(file) for role, file in job.files.items()})
         program = lower(checkpoint, base, max_bytes=max_bytes)
         method = method_of(checkpoint)
-        facts = _facts(method, program, tensors)
+        facts = _facts(method, program, checkpoint)
         write_program(Path(job.program), program, program_id=job.program_id, facts=facts)
     except LoweringError as error:
         return Done(faults=list(error.faults))
@@ -82,7 +78,7 @@ def _lower(job: Job, base: Base, max_bytes: int) -> Done:
     return Done(facts=facts)
 
 
-def _facts(method: Method, program: Program, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(method: Method, program: Program, checkpoint: Checkpoint) -> dict[str, Any]:
     """What users want to know of an adapter."""
     ranks = sorted(
         {
@@ -99,10 +95,15 @@ def _facts(method: Method, program: Program, tensors: Mapping[str, Any]) -> dict
         "ranks": ranks,
         "sites": len(program.edits),
         "modules": sorted({site.rpartition(".")[2] for site in program.edits}),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "parameters": sum(tensor.numel() for part in _parts(checkpoint) for tensor in part.tensors.values()),
         "program_bytes": program.nbytes,
         "virtual_tokens": len(program.prologue),
     }
+
+
+def _parts(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """The checkpoint itself, its head and its children."""
+    return [checkpoint, *([checkpoint.head] if checkpoint.head else []), *checkpoint.children.values()]
 
 
 if __name__ == "__main__":

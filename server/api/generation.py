@@ -114,7 +114,7 @@ class Generation:
         try:
             version = await asyncio.to_thread(self._store.resolve, tenant, adapter)
             files = await asyncio.to_thread(self._store.files, version)
-            program = await self._lowerer.ensure(version.digest, files["config"], files["weights"])
+            program = await self._lowerer.ensure(version.digest, files)
         except StoreError as error:
             raise from_store_error(error) from error
         except LoweringError as error:

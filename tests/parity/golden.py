@@ -36,12 +36,17 @@ def names(kind: str, family: str = "") -> list[str]:
     return sorted(path.name for path in (GOLDEN / kind).iterdir() if path.name.startswith(family))
 
 
-def read_golden(directory: Path) -> Checkpoint:
-    """The checkpoint in a directory, with its head and its children."""
+def golden_files(directory: Path) -> dict[str, Path]:
+    """The files in a directory and of a fusion's children, by role."""
     files = {ROLES[path.name]: path for path in directory.iterdir() if path.name in ROLES}
     for child in sorted((directory / "children").glob("*")):
         files |= {f"child/{child.name}/{ROLES[path.name]}": path for path in child.iterdir() if path.name in ROLES}
-    return read_checkpoint(files)
+    return files
+
+
+def read_golden(directory: Path) -> Checkpoint:
+    """The checkpoint in a directory, with its head and its children."""
+    return read_checkpoint(golden_files(directory))
 
 
 def lower_golden(directory: Path, base: Base, target: Path) -> ProgramRef:

@@ -9,14 +9,15 @@ from typing import Any
 
 from medley_client.errors import MedleyError
 
+HEAD_PICKLE = "pytorch_model_head.bin"
 NAMES = {
     "adapter_model.bin": "adapter_model.safetensors",
     "pytorch_adapter.bin": "adapter.safetensors",
-    "pytorch_model_head.bin": "model_head.safetensors",
+    HEAD_PICKLE: "model_head.safetensors",
     "pytorch_model_adapter_fusion.bin": "model_adapter_fusion.safetensors",
 }
 # Elsewhere a tensor that is stored under two names belongs to both, as in tied embeddings.
-_ALIASED = frozenset({"pytorch_adapter.bin", "pytorch_model_head.bin", "pytorch_model_adapter_fusion.bin"})
+_ALIASED = frozenset({"pytorch_adapter.bin", HEAD_PICKLE, "pytorch_model_adapter_fusion.bin"})
 
 
 def convert(source: Path, out: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> list[Path]:

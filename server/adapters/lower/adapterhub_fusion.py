@@ -119,4 +119,5 @@ METHOD = Method(
     fields={**ENVELOPE, "adapter_names": no_effect},
     lower=lower,
     library="adapters",
+    file="adapter_fusion_config.json",
 )

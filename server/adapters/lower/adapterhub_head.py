@@ -89,7 +89,10 @@ def _lower_classifier(head: Source, base: Base, program: Program, values: Mappin
             name = "linear" if is_last or not act else activation(head, act)
             layers.append(HeadLayer(weight.to(base.compute), None if bias is None else bias.to(base.compute), name))
     if len(layers) == len(indices):
-        names = _label_names(values.get("label2id"), layers[-1].weight.shape[0]) or labels
+        count = layers[-1].weight.shape[0]
+        if labels and len(labels) != count:
+            head.fault("wrong_shape", "labels.json", "one name for every output is needed", str(count), str(len(labels)))
+        names = labels or _label_names(values.get("label2id"), count)
         program.head = TaskHead(_POOLING[kind], layers, names, multi_label=kind == "multilabel_classification")
 
 
