@@ -43,6 +43,7 @@ TABLE = (
         "prompt_too_long", 400, _INVALID, "Prompt and output do not fit into the model's length; the message has both numbers."
     ),
     ErrorCode("invalid_token_id", 400, _INVALID, "A token id is outside the vocabulary."),
+    ErrorCode("task_not_served", 400, _INVALID, "The base model cannot do this: an encoder generates nothing; see docs/API.md."),
     ErrorCode("invalid_adapter_name", 400, _INVALID, "Names match [a-z0-9][a-z0-9._-]{0,63}; `base` is reserved."),
     ErrorCode("missing_api_key", 401, "authentication_error", "Send `Authorization: Bearer KEY`."),
     ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
@@ -56,7 +57,11 @@ TABLE = (
     ErrorCode(
         "adapter_rejected", 422, _INVALID, "The upload is not a servable adapter; `faults` lists everything that is wrong."
     ),
+    ErrorCode(
+        "not_composable", 422, _INVALID, "These adapters cannot be combined exactly, or not so; `faults` says which and where."
+    ),
     ErrorCode("validation", 422, _INVALID, "A parameter of /generate is malformed, unknown or out of range."),
+    ErrorCode("no_task_head", 422, _INVALID, "The adapter has no classifier; the message names those of yours that have one."),
     ErrorCode("program_too_large", 422, _INVALID, "The adapter is larger than what the device's bank may hold."),
     ErrorCode("overloaded", 429, "rate_limit_error", "The queue is full; wait as long as Retry-After says.", retry=True),
     ErrorCode("internal_error", 500, _SERVER, "The server failed on this request; its log has the request id."),
@@ -94,6 +99,7 @@ FAULTS = {
     "no_tensors": "The safetensors file is empty.",
     "non_finite": "The lowered adapter overflows in the base's precision.",
     "non_finite_tensor": "A tensor holds NaN or infinity.",
+    "not_composable": "Adapters of one request cannot be added up exactly at a module (`where`), or layers not be left out.",
     "program_too_large": "The lowered adapter is over the byte budget.",
     "unmatched_tensor": "The base model has no module for a tensor.",
     "unsupported_field": "A config field has a value that is not served.",
@@ -155,6 +161,7 @@ _TGI_TYPES = dict.fromkeys(
         "adapter_not_found",
         "invalid_adapter_name",
         "unsupported_parameter",
+        "not_composable",
     ),
     "validation",
 ) | {"overloaded": "overloaded"}
@@ -170,7 +177,9 @@ def from_store_error(error: StoreError) -> ApiError:
 
 
 def from_lowering_error(error: LoweringError) -> ApiError:
-    return _rejected(error.faults)
+    """A refused upload, or adapters that cannot be combined."""
+    faults = [fault for fault in error.faults if fault.code == "not_composable"]
+    return _refused("not_composable", "adapters cannot be combined", faults) if faults else _rejected(error.faults)
 
 
 def from_engine(error: EngineOverloaded | EngineUnavailable | RequestError) -> ApiError:
@@ -183,6 +192,10 @@ def from_engine(error: EngineOverloaded | EngineUnavailable | RequestError) -> A
 
 
 def _rejected(faults: Sequence[Any]) -> ApiError:
+    return _refused("adapter_rejected", "the adapter cannot be served", faults)
+
+
+def _refused(code: str, what: str, faults: Sequence[Any]) -> ApiError:
     first = faults[0]
     more = f" (and {len(faults) - 1} more; see faults)" if len(faults) > 1 else ""
-    return ApiError("adapter_rejected", f"the adapter cannot be served: {first.where}: {first.message}{more}", faults=faults)
+    return ApiError(code, f"{what}: {first.where}: {first.message}{more}", faults=faults)

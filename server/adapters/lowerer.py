@@ -1,7 +1,7 @@
-"""The asyncio client of the lowering process: starts it, hands it uploads one at a time, and ends it when it takes too long.
+"""The asyncio client of the lowering process: starts it, hands it uploads and compositions one at a time, and ends it when it takes too long.
 
 Both ends speak msgspec over a ZeroMQ ipc socket. The program file that results is a cache: it can always be made again from the
-adapter's files.
+adapters' files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ import zmq
 import zmq.asyncio
 from safetensors import safe_open
 
+from server.adapters.composites import Composites
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.identity import program_id
 
 _START_TIMEOUT_S = 120.0
+_COMPOSITE_BUDGET = 8
+"""Bytes of composite files, counted in programs of the largest size: what leaves the disk has most likely left the device before."""
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -37,10 +41,27 @@ class Start(msgspec.Struct, frozen=True):
     max_memory_bytes: int
 
 
-class Job(msgspec.Struct, frozen=True):
-    """``files`` are the adapter's by role; see ``lower.checkpoint.read_checkpoint``."""
+class Job(msgspec.Struct, frozen=True, tag=True):
+    """Lower an adapter's files to a program file. ``files`` are by role; see ``lower.checkpoint.read_checkpoint``."""
 
     files: dict[str, str]
+    program: str
+    program_id: str
+
+
+class Ingredient(msgspec.Struct, frozen=True):
+    """A program file that goes into a composition. ``digest`` is the adapter's."""
+
+    digest: str
+    weight: float
+    program: str
+
+
+class Compose(msgspec.Struct, frozen=True, tag=True):
+    """Make one program file of several; ``drop`` leaves out the edits of the first layers."""
+
+    parts: list[Ingredient]
+    drop: int
     program: str
     program_id: str
 
@@ -77,6 +98,7 @@ class LowererClient:
     ) -> None:
         self._base_digest = base_digest
         self._programs = programs_dir / base_digest[:12]
+        self._composites = Composites(self._programs / "composites", _COMPOSITE_BUDGET * max_program_bytes)
         self._timeout_s = timeout_s
         self._directory = tempfile.TemporaryDirectory(prefix="medley-")
         self._start = Start("", str(base_dir), base_digest, dtype, max_program_bytes, max_memory_bytes)
@@ -89,6 +111,7 @@ class LowererClient:
 
     async def start(self) -> None:
         """Start the child and wait until it knows the base."""
+        await asyncio.to_thread(self._composites.clear)
         async with self._turn:
             await self._launch()
 
@@ -107,25 +130,60 @@ class LowererClient:
     async def ensure(self, digest: str, files: Mapping[str, Path]) -> LoweredProgram:
         """The program of the adapter with these files by role, lowered now unless it is there. Raises LoweringError with all faults."""
         name = self.program_id(digest)
+        return await self._once(name, lambda: self._ensure(name, files))
+
+    async def compose(self, parts: Sequence[tuple[str, float]], drop: int = 0) -> LoweredProgram:
+        """The program of several adapters ``(digest, weight)`` together, without the edits of the first ``drop`` layers.
+
+        Their own programs must be there: ``ensure`` each of them first. Raises LoweringError, whose faults are ``not_composable`` where
+        the adapters do not add up.
+        """
+        name = program_id(tuple(parts), self._base_digest, drop=drop)
+        return await self._once(name, lambda: self._compose(name, parts, drop))
+
+    def using(self, program_id: str) -> AbstractContextManager[None]:
+        """Keeps a composite's file for as long as a request runs on it; other programs' files always stay."""
+        return self._composites.using(program_id)
+
+    def forget(self, digest: str) -> list[str]:
+        """A deleted adapter's composites go with it. Returns the ids of all programs that were made of it."""
+        return [self.program_id(digest), *self._composites.forget(digest)]
+
+    async def _once(self, name: str, make: Callable[[], Coroutine[Any, Any, LoweredProgram]]) -> LoweredProgram:
+        """However many ask at a time, a program is made once."""
         task = self._under_way.get(name)
         if task is None:
-            task = asyncio.create_task(self._ensure(name, files))
+            task = asyncio.create_task(make())
             self._under_way[name] = task
             task.add_done_callback(lambda _: self._under_way.pop(name, None))
         # One caller that goes away must not take the work from the others.
         return await asyncio.shield(task)
 
     async def _ensure(self, name: str, files: Mapping[str, Path]) -> LoweredProgram:
-        path = self._programs / f"{name}.safetensors"
+        path = self._path(name)
         if path.exists():
             return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
+        return await self._make(Job({role: str(file) for role, file in files.items()}, str(path), name))
+
+    async def _compose(self, name: str, parts: Sequence[tuple[str, float]], drop: int) -> LoweredProgram:
+        if (path := self._composites.find(name)) is not None:
+            return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
+        ingredients = [Ingredient(digest, weight, str(self._path(self.program_id(digest)))) for digest, weight in parts]
+        made = await self._make(Compose(ingredients, drop, str(self._composites.path(name)), name))
+        self._composites.add(name, frozenset(digest for digest, _ in parts))
+        return made
+
+    def _path(self, program_id: str) -> Path:
+        return self._programs / f"{program_id}.safetensors"
+
+    async def _make(self, job: Job | Compose) -> LoweredProgram:
         async with self._turn:
-            done = await self._run(Job({role: str(file) for role, file in files.items()}, str(path), name))
+            done = await self._run(job)
         if done.faults:
             raise LoweringError(done.faults)
-        return LoweredProgram(name, path, done.facts)
+        return LoweredProgram(job.program_id, Path(job.program), done.facts)
 
-    async def _run(self, job: Job) -> Done:
+    async def _run(self, job: Job | Compose) -> Done:
         """Send a job and wait for its end, the time limit, or the child's death."""
         if self._child is None or self._child.returncode is not None:
             await self._launch()

@@ -1,7 +1,7 @@
 """The lowering process: ``python -m server.adapters.lowering_process``. Hostile tensors are read here, and nowhere else.
 
-It knows the base by its config (on the meta device) and its memory-mapped weights, lowers one upload at a time under a memory
-limit, and may die without harm. Started by ``LowererClient`` with a Start message on standard input; ends when that pipe closes.
+It knows the base by its config (on the meta device) and its memory-mapped weights, lowers one upload or composes one program at a
+time under a memory limit, and may die without harm. Started by ``LowererClient`` with a Start message on standard input; ends when that pipe closes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import msgspec
 import torch
 import zmq
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.adapters.base_spec import describe
+from server.adapters.compose import Part, compose, drop_layers
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.ir import BottleneckEdit, LinearEdit, Program
-from server.adapters.lower import Checkpoint, Method, lower, method_of
+from server.adapters.lower import lower, method_of
 from server.adapters.lower.base import Base, BaseWeights
 from server.adapters.lower.checkpoint import read_checkpoint
-from server.adapters.lowerer import Done, Job, Start
-from server.adapters.program_file import write_program
+from server.adapters.lowerer import Compose, Done, Job, Start
+from server.adapters.packed import unpack_program
+from server.adapters.program_file import read_program, write_program
+from server.adapters.skeleton import skeleton
 
 
 def main() -> None:
@@ -40,8 +42,8 @@ def main() -> None:
     poller.register(socket, zmq.POLLIN)
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
     while sys.stdin.fileno() not in dict(poller.poll()):
-        job = msgspec.msgpack.decode(socket.recv(), type=Job)
-        socket.send(msgspec.msgpack.encode(_lower(job, base, start.max_program_bytes)))
+        job = msgspec.msgpack.decode(socket.recv(), type=Job | Compose)
+        socket.send(msgspec.msgpack.encode(_make(job, base, start.max_program_bytes)))
 
 
 def _limit_memory(max_bytes: int) -> None:
@@ -54,18 +56,13 @@ def _limit_memory(max_bytes: int) -> None:
 def _load_base(start: Start) -> Base:
     torch.set_num_threads(1)
     directory = Path(start.base_dir)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))  # type: ignore[no-untyped-call]
-    spec = describe(model, start.base_digest, start.dtype)
+    spec = describe(skeleton(directory), start.base_digest, start.dtype)
     return Base(spec, BaseWeights(directory, spec))
 
 
-def _lower(job: Job, base: Base, max_bytes: int) -> Done:
+def _make(job: Job | Compose, base: Base, max_bytes: int) -> Done:
     try:
-        checkpoint = read_checkpoint({role: Path(file) for role, file in job.files.items()})
-        program = lower(checkpoint, base, max_bytes=max_bytes)
-        method = method_of(checkpoint)
-        facts = _facts(method, program, checkpoint)
+        program, facts = _compose(job, base, max_bytes) if isinstance(job, Compose) else _lower(job, base, max_bytes)
         write_program(Path(job.program), program, program_id=job.program_id, facts=facts)
     except LoweringError as error:
         return Done(faults=list(error.faults))
@@ -78,8 +75,27 @@ def _lower(job: Job, base: Base, max_bytes: int) -> Done:
     return Done(facts=facts)
 
 
-def _facts(method: Method, program: Program, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What users want to know of an adapter."""
+def _lower(job: Job, base: Base, max_bytes: int) -> tuple[Program, dict[str, Any]]:
+    checkpoint = read_checkpoint({role: Path(file) for role, file in job.files.items()})
+    program = lower(checkpoint, base, max_bytes=max_bytes)
+    method = method_of(checkpoint)
+    everything = [checkpoint, *([checkpoint.head] if checkpoint.head else []), *checkpoint.children.values()]
+    parameters = sum(tensor.numel() for part in everything for tensor in part.tensors.values())
+    return program, {"method": method.name, "library": method.library, "parameters": parameters, **_facts(program)}
+
+
+def _compose(job: Compose, base: Base, max_bytes: int) -> tuple[Program, dict[str, Any]]:
+    parts = []
+    for part in job.parts:
+        program = unpack_program(read_program(Path(part.program)), base.spec)
+        parts.append(Part(drop_layers(program, base.spec, job.drop), part.weight))
+    composed = compose(parts, base, max_bytes=max_bytes)
+    shown = [{"digest": part.digest, "weight": part.weight} for part in job.parts]
+    return composed, {"method": "composite", "parts": shown, "adapter_drop": job.drop, **_facts(composed)}
+
+
+def _facts(program: Program) -> dict[str, Any]:
+    """What users want to know of a program."""
     ranks = sorted(
         {
             edit.rank
@@ -89,21 +105,14 @@ def _facts(method: Method, program: Program, checkpoint: Checkpoint) -> dict[str
         }
     )
     return {
-        "method": method.name,
-        "library": method.library,
         "rank": max(ranks, default=0),
         "ranks": ranks,
         "sites": len(program.edits),
         "modules": sorted({site.rpartition(".")[2] for site in program.edits}),
-        "parameters": sum(tensor.numel() for part in _parts(checkpoint) for tensor in part.tensors.values()),
         "program_bytes": program.nbytes,
         "virtual_tokens": len(program.prologue),
+        "labels": list(program.head.labels) if program.head is not None else [],
     }
-
-
-def _parts(checkpoint: Checkpoint) -> list[Checkpoint]:
-    """The checkpoint itself, its head and its children."""
-    return [checkpoint, *([checkpoint.head] if checkpoint.head else []), *checkpoint.children.values()]
 
 
 if __name__ == "__main__":

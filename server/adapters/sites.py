@@ -19,15 +19,18 @@ from server.adapters.base_spec import BaseSpec, SiteSpec, Sublayer
 from server.adapters.bottleneck import Streams, SublayerResult, SublayerWork, run_sublayer, sublayer_work
 from server.adapters.rows import scale_rows, shift_rows
 
+Replaced = tuple[int, int, Tensor]
+"""Rows ``[start, end)`` of a site's output are these instead: (start, end, rows)."""
+
 
 class SiteState:
     """What all sites of one model share: the bank, and of the step that is being run the edits (None: none) and the tokens' positions.
 
     ``streams`` holds what one site of a layer keeps for another: a norm's input, a sub-layer's output. ``side`` holds what is added after
-    a linear: (first row, end, values).
+    a linear: (first row, end, values). ``virtual`` are the step's virtual tokens by the site whose output they stand for.
     """
 
-    __slots__ = ("bank", "edits", "head_edits", "positions", "side", "streams")
+    __slots__ = ("bank", "edits", "head_edits", "positions", "side", "streams", "virtual")
 
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
@@ -36,12 +39,14 @@ class SiteState:
         self.positions: Tensor | None = None
         self.streams: dict[str, Tensor] = {}
         self.side: dict[str, list[tuple[int, int, Tensor]]] = {}
+        self.virtual: dict[str, list[Replaced]] = {}
 
     def unbind(self) -> None:
         """Forget the step."""
         self.edits = self.head_edits = self.positions = None
         self.streams.clear()
         self.side.clear()
+        self.virtual.clear()
 
 
 class Site(nn.Module):
@@ -76,6 +81,11 @@ class Site(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
+
+    def put_virtual(self, y: Tensor) -> None:
+        """Virtual tokens take the place of their rows of the output ``(…, T, hidden)``, as they are: no scale and no norm applies."""
+        for start, end, rows in self.state.virtual.get(self.spec.name, ()):
+            y[..., start:end, :] = rows
 
 
 class LinearSite(Site):
@@ -167,6 +177,7 @@ class NormSite(Site):
         for start, end, found in edits.extras(self.spec.name, "norm."):
             rows = (..., slice(start, end), slice(None))
             y[rows] = torch.func.functional_call(self.inner, found, (x[rows],))
+        self.put_virtual(y)
         return y
 
     def _joined(self, x: Tensor, edits: StepEdits, work: SublayerWork) -> Tensor:
@@ -218,6 +229,7 @@ class EmbeddingSite(Site):
             return y  # type: ignore[no-any-return]
         for start, end, found in edits.extras(self.spec.name, "embed."):
             y[..., start:end, :] = self._embed(ids[..., start:end], found)
+        self.put_virtual(y)
         return y  # type: ignore[no-any-return]
 
     def _embed(self, ids: Tensor, found: dict[str, Tensor]) -> Tensor:

@@ -93,7 +93,8 @@ async def delete(request: Request, reference: str) -> dict[str, Any]:
     except StoreError as error:
         raise from_store_error(error) from error
     for version in gone:
-        await services.engine.drop_program(services.lowerer.program_id(version.digest))
+        for program_id in services.lowerer.forget(version.digest):
+            await services.engine.drop_program(program_id)
     return {
         "object": "adapter.deleted",
         "deleted": [{"name": item.name, "version": f"v{item.number}", "digest": item.digest} for item in gone],

@@ -85,15 +85,15 @@ async def _call(request: Request, generation: Generation, body: GenerateRequest)
             f"adapter_source {parameters.adapter_source!r} is not served: adapters are pushed to this server (`medley push`), never fetched for you",
             param="adapter_source",
         )
-    program, version = await generation.resolve(request.state.tenant, parameters.adapter_id)
-    request.state.adapter = version.digest if version else ""
+    program, digests = await generation.resolve(request.state.tenant, parameters.selection)
+    request.state.adapter = "+".join(digests)
     if parameters.apply_chat_template:
         tokens = await generation.encode_chat([{"role": "user", "content": body.inputs}])
     else:
         tokens = await generation.encode(body.inputs)
     if parameters.truncate is not None:
         tokens = tokens[-parameters.truncate :]
-    max_tokens = generation.check_prompt(tokens, parameters.max_new_tokens, "inputs")
+    max_tokens = generation.check_prompt(tokens, parameters.max_new_tokens, "inputs", program)
     return Call(request.state.tenant, tokens, parameters.sampling(max_tokens), program, tuple(parameters.stop))
 
 

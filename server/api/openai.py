@@ -27,11 +27,11 @@ router = APIRouter(prefix="/v1")
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Text after one or several prompts."""
     generation: Generation = request.app.state.services.generation
-    program, version = await generation.resolve(request.state.tenant, body.model)
-    request.state.adapter = version.digest if version else ""
+    program, digests = await generation.resolve(request.state.tenant, body.selection)
+    request.state.adapter = "+".join(digests)
     found: list[Choice] = []
     for tokens in await _prompts(generation, body):
-        limit = generation.check_prompt(tokens, body.max_tokens, "prompt")
+        limit = generation.check_prompt(tokens, body.max_tokens, "prompt", program)
         for number in range(body.n or 1):
             call = Call(request.state.tenant, tokens, body.sampling(limit, number), program, body.stops)
             found.append(
@@ -51,10 +51,10 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     generation: Generation = request.app.state.services.generation
     if body.top_logprobs and not body.logprobs:
         raise ApiError("invalid_request", "top_logprobs needs logprobs: true", param="top_logprobs")
-    program, version = await generation.resolve(request.state.tenant, body.model)
-    request.state.adapter = version.digest if version else ""
+    program, digests = await generation.resolve(request.state.tenant, body.selection)
+    request.state.adapter = "+".join(digests)
     tokens = await generation.encode_chat([message.plain() for message in body.messages])
-    limit = generation.check_prompt(tokens, body.limit, "messages")
+    limit = generation.check_prompt(tokens, body.limit, "messages", program)
     found = [
         Choice(Call(request.state.tenant, tokens, body.sampling(limit, number), program, body.stops))
         for number in range(body.n or 1)

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from server.api.selection import Selection
 from server.engine.types import SamplingParams
 
+MAX_ADAPTERS = 8
 MAX_N = 8
 MAX_PROMPTS = 32
 MAX_STOPS = 4
@@ -23,19 +25,36 @@ Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 AdapterReference = Annotated[str, StringConstraints(min_length=1, max_length=160)]
+AdapterDrop = Annotated[int, Field(ge=0, lt=1 << 20)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class GenerateParameters(_Strict):
+class WeightedAdapter(Strict):
+    """One of several adapters of a request. What it changes counts ``weight`` times."""
+
+    adapter: AdapterReference
+    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
+
+
+WeightedAdapters = Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS)]
+
+
+def selection_of(name: str | None, adapters: list[WeightedAdapter] | None, drop: int) -> Selection:
+    return Selection(name, tuple((item.adapter, item.weight) for item in adapters or ()), drop)
+
+
+class GenerateParameters(Strict):
     """Parameters of text-generation-inference and LoRAX. Those that are not served must keep their neutral value."""
 
     adapter_id: AdapterReference | None = None
+    adapters: WeightedAdapters | None = None
+    adapter_drop: AdapterDrop = 0
     adapter_source: Literal["medley", "local", "hub", "s3", "pbase"] | None = None
     adapter_parameters: None = None
-    merged_adapters: None = None
+    merged_adapters: Any = None
     api_token: str | None = None
     best_of: Literal[1] | None = None
     temperature: Temperature | None = None
@@ -63,6 +82,18 @@ class GenerateParameters(_Strict):
     schema_: None = Field(default=None, alias="schema")
     grammar: None = None
 
+    @property
+    def selection(self) -> Selection:
+        return selection_of(self.adapter_id, self.adapters, self.adapter_drop)
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> GenerateParameters:
+        if self.merged_adapters is not None:
+            raise ValueError('merged_adapters is not served; combine adapters with "adapters": [{"adapter", "weight"}, ...]')
+        if self.adapter_id is not None and self.adapters is not None:
+            raise ValueError("adapter_id and adapters both say which adapters to use; leave one out")
+        return self
+
     def sampling(self, max_tokens: int) -> SamplingParams:
         """TGI's rule: greedy unless ``do_sample``, or a sampling parameter that only makes sense with it."""
         samples = self.do_sample or any(value is not None for value in (self.temperature, self.top_k, self.top_p, self.min_p))
@@ -84,7 +115,7 @@ class GenerateParameters(_Strict):
         )
 
 
-class GenerateRequest(_Strict):
+class GenerateRequest(Strict):
     """``POST /generate`` and ``/generate_stream``."""
 
     inputs: Prompt
@@ -92,15 +123,17 @@ class GenerateRequest(_Strict):
     stream: bool = False
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
-class _OpenAIRequest(_Strict):
+class _OpenAIRequest(Strict):
     """What chat and completions share. Fields that only annotate a request are accepted; those that would change the output are refused."""
 
     model: AdapterReference = "base"
+    adapters: WeightedAdapters | None = None
+    adapter_drop: AdapterDrop = 0
     temperature: Temperature | None = None
     top_p: Probability | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
@@ -125,6 +158,10 @@ class _OpenAIRequest(_Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @property
+    def selection(self) -> Selection:
+        return selection_of(self.model, self.adapters, self.adapter_drop)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -180,12 +217,12 @@ class CompletionRequest(_OpenAIRequest):
         return self._params(max_tokens, index, self.logprobs, self.logprobs if self.echo else None)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: Prompt
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """A message of text. Images, audio and tool calls are not served."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -202,7 +239,7 @@ class ChatMessage(_Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     type: Literal["text"]
 
 

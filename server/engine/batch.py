@@ -36,12 +36,33 @@ class PrefillPiece:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixCopy:
+    """Entries ``[first, end)`` of the K/V that the slot's program starts with go to ``kv_slots (end - first,)``."""
+
+    slot: int
+    first: int
+    end: int
+    kv_slots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualRows:
+    """Rows ``[start, end)`` of the batch are virtual tokens of the slot's program, from its ``offset``-th on."""
+
+    slot: int
+    start: int
+    end: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step's input. ``T`` tokens, ``S`` sampled rows.
 
     ``input_ids``, ``positions``, ``kv_slots``: int64 ``(T,)``. ``token_slots`` and ``sample_slots`` are (slot, start, end) runs over
     the T token rows and the S sampled rows. ``sample_rows (S,)`` selects from the token rows; ``item_samples[i]`` is how many of
-    them belong to ``items[i]``; its last one makes the next token where ``items[i].samples``.
+    them belong to ``items[i]``; its last one makes the next token where ``items[i].samples``. ``copies`` and ``virtual_rows`` are what
+    programs start with.
     """
 
     items: tuple[Scheduled, ...]
@@ -55,6 +76,8 @@ class Batch:
     sample_rows: Tensor
     item_samples: tuple[int, ...]
     new_blocks: Tensor
+    copies: tuple[PrefixCopy, ...]
+    virtual_rows: tuple[VirtualRows, ...]
 
 
 def pack(schedule: Schedule, block_size: int, device: torch.device) -> Batch:
@@ -69,13 +92,21 @@ def pack(schedule: Schedule, block_size: int, device: torch.device) -> Batch:
     sample_runs: list[tuple[int, int, int]] = []
     decodes: list[tuple[int, Scheduled]] = []
     prefills: list[PrefillPiece] = []
+    copies: list[PrefixCopy] = []
+    virtual_rows: list[VirtualRows] = []
     for item in items:
         sequence, first, end = item.sequence, item.start, item.start + item.count
         row = len(input_ids)
-        input_ids += sequence.token_ids[first:end]
-        positions += range(first, end)
+        input_ids += sequence.tokens_between(first, end)
+        positions += sequence.positions_between(first, end)
         table = sequence.block_table
-        kv_slots += [table[index // block_size] * block_size + index % block_size for index in range(first, end)]
+        kv_slots += _kv_slots(table, range(first, end), block_size)
+        if copied := item.copied(block_size):
+            places = torch.tensor(_kv_slots(table, copied, block_size), device=device)
+            copies.append(PrefixCopy(sequence.slot, copied.start, copied.stop, places))
+        if first < sequence.num_prologue:
+            behind, offset = min(end, sequence.num_prologue), first - sequence.num_prologue_kv
+            virtual_rows.append(VirtualRows(sequence.slot, row, row + behind - first, offset))
         token_runs += [
             (slot, row + start - first, row + stop - first) for slot, start, stop in sequence.slots_between(first, end)
         ]
@@ -103,7 +134,13 @@ def pack(schedule: Schedule, block_size: int, device: torch.device) -> Batch:
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
         item_samples=tuple(item_samples),
         new_blocks=torch.tensor(schedule.new_blocks, dtype=torch.int64, device=device),
+        copies=tuple(copies),
+        virtual_rows=tuple(virtual_rows),
     )
+
+
+def _kv_slots(table: list[int], indices: range, block_size: int) -> list[int]:
+    return [table[index // block_size] * block_size + index % block_size for index in indices]
 
 
 def _sampled_positions(item: Scheduled) -> list[int]:
@@ -112,7 +149,8 @@ def _sampled_positions(item: Scheduled) -> list[int]:
     last = [end - 1] if item.samples else []
     if not item.sequence.wants_prompt_logprobs:
         return last
-    return list(range(item.start, min(end, item.sequence.num_prompt - 1))) + last
+    first = max(item.start, item.sequence.num_prologue)
+    return list(range(first, min(end, item.sequence.num_prompt - 1))) + last
 
 
 def _decode_groups(

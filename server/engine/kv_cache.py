@@ -45,6 +45,11 @@ class KVCache:
         for cache, new in zip(self._layers[layer], (key, value), strict=True):
             cache.view(cache.shape[0], -1, cache.shape[-1]).index_copy_(1, kv_slots, new)
 
+    def copy(self, kv_slots: Tensor, entries: Tensor) -> None:
+        """Store ``entries (layers, 2, kv_heads, n, head_dim)``, keys and values of all layers, at ``kv_slots (n,)``."""
+        layers, two, heads, _, _, width = self._data.shape
+        self._data.view(layers, two, heads, -1, width).index_copy_(3, kv_slots, entries)
+
     def gather(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of block tables ``(…, blocks)``, each ``(kv_heads, …, blocks * block_size, head_dim)``."""
         key, value = self._layers[layer]

@@ -40,7 +40,10 @@ class Programs:
         return sum(len(group) for group in self._waiting.values())
 
     def prepare(self, sequence: Sequence) -> bool:
-        """Whether the sequence's program is at hand, and where in it it starts. False: it waits now, and ``arrivals`` will return it."""
+        """Whether the sequence's program is at hand; then also where it starts to act, and what with.
+
+        False: the sequence waits now, and ``arrivals`` will return it.
+        """
         ref = sequence.program
         if ref.is_base:
             return True
@@ -51,6 +54,11 @@ class Programs:
             self._load(sequence)
             return False
         sequence.start_at(at_hand.invocation_tokens)
+        # A program that does not act on this prompt does not classify it either.
+        if at_hand.head is not None and not sequence.program.is_base:
+            sequence.head_pooling = at_hand.head.pooling
+        prologue = at_hand.prologue
+        sequence.start_with(prologue.num_kv, prologue.num_tokens, prologue.position_shift)
         return True
 
     def arrivals(self) -> Arrivals:

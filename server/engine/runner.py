@@ -12,20 +12,22 @@ from torch import Tensor
 from server.adapters.apply import EditCache
 from server.adapters.bank import Bank
 from server.adapters.kernels import Kernel
-from server.adapters.sites import SiteState, attach
+from server.adapters.sites import Replaced, SiteState, attach
 from server.engine.attention import AttentionState
 from server.engine.batch import Batch
 from server.engine.kv_cache import KVCache
 from server.engine.model import BaseModel
+from server.engine.pooling import Pooled, pool
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """``logits (S, vocab)`` in fp32 (fp64 on an fp64 base) for the batch's sampled rows, and for each item whether all that it computed
-    is finite."""
+    """``logits (S, vocab)`` in fp32 (fp64 on an fp64 base) for the batch's sampled rows. For each item: whether all that it computed
+    is finite, and what its hidden states have come to, where they are pooled instead of sampled."""
 
     logits: Tensor
     finite: tuple[bool, ...]
+    pooled: tuple[Pooled | None, ...]
 
 
 class Runner:
@@ -34,6 +36,7 @@ class Runner:
     def __init__(self, base: BaseModel, cache: KVCache, bank: Bank, *, kernel: Kernel | None = None) -> None:
         self._base = base
         self._cache = cache
+        self._bank = bank
         self._sites = SiteState(bank)
         self._attention = AttentionState(cache, self._sites)
         self._edits = EditCache(bank, kernel=kernel)
@@ -48,13 +51,16 @@ class Runner:
     def run(self, batch: Batch) -> StepResult:
         """One forward pass over the ragged batch."""
         self._cache.zero(batch.new_blocks)
+        for copy in batch.copies:
+            prefix = self._bank.resident(copy.slot).extras["prologue.kv"]
+            self._cache.copy(copy.kv_slots, prefix[:, :, :, copy.first : copy.end])
         with self._bound(batch):
             hidden = self._base.backbone(
                 input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False
             ).last_hidden_state[0]
             logits = self._base.finish_logits(self._base.head(hidden.index_select(0, batch.sample_rows)))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return StepResult(logits, _finite_items(batch, hidden, logits))
+        return StepResult(logits, _finite_items(batch, hidden, logits), tuple(_pool_items(batch, hidden)))
 
     @contextmanager
     def _bound(self, batch: Batch) -> Iterator[None]:
@@ -64,11 +70,32 @@ class Runner:
         self._sites.positions = batch.positions
         self._sites.edits = self._edits.get(batch.token_slots)
         self._sites.head_edits = self._head_edits.get(batch.sample_slots)
+        self._sites.virtual = self._virtual_tokens(batch)
         try:
             yield
         finally:
             self._attention.batch = None
             self._sites.unbind()
+
+    def _virtual_tokens(self, batch: Batch) -> dict[str, list[Replaced]]:
+        """The step's virtual tokens, by the site whose output they are."""
+        found: dict[str, list[Replaced]] = {}
+        for rows in batch.virtual_rows:
+            resident = self._bank.resident(rows.slot)
+            tokens = resident.extras["prologue.tokens"][rows.offset : rows.offset + rows.end - rows.start]
+            found.setdefault(resident.prologue.tokens_site, []).append((rows.start, rows.end, tokens))
+        return found
+
+
+def _pool_items(batch: Batch, hidden: Tensor) -> Iterator[Pooled | None]:
+    """Virtual tokens count as rows, except where every token's own row is wanted."""
+    row = 0
+    for item in batch.items:
+        sequence, end = item.sequence, row + item.count
+        skipped = max(0, sequence.num_prologue - item.start) if sequence.pooling == "none" else 0
+        rows = hidden[row + skipped : end]
+        yield pool(sequence.pooling, rows, sequence.pooled) if sequence.pooling and len(rows) else sequence.pooled
+        row = end
 
 
 def _finite_items(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[bool, ...]:

@@ -74,7 +74,7 @@ def _penalise(logits: Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
-        for token, count in Counter(sequence.token_ids[sequence.num_prompt :]).items():
+        for token, count in Counter(sequence.output_ids).items():
             logits[token] -= params.presence_penalty + params.frequency_penalty * count
     for token, bias in params.logit_bias:
         logits[token] += bias

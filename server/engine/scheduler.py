@@ -28,9 +28,23 @@ class Scheduled:
     count: int
 
     @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's end, and so makes a token."""
+    def completes(self) -> bool:
+        """Whether the step reaches the sequence's end."""
         return self.start + self.count == self.sequence.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step makes a token."""
+        return self.completes and self.sequence.generates
+
+    def copied(self, block_size: int) -> range:
+        """kv indices whose K/V is to be copied from the program before this step: those of its prefix that no shared block holds.
+
+        A sequence that joins starts right behind what it copies, and no later step starts there.
+        """
+        sequence = self.sequence
+        behind = self.start == sequence.num_prologue_kv
+        return range(sequence.num_registered * block_size, self.start) if behind else range(0)
 
 
 @dataclass(slots=True)
@@ -151,9 +165,10 @@ class Scheduler:
             self._dequeue(sequence)
             self.blocks.share(cached)
             sequence.block_table = list(cached)
-            sequence.num_computed = sequence.num_registered = len(cached)
-            sequence.num_computed *= self.blocks.block_size
-            sequence.num_cached = max(sequence.num_cached, min(sequence.num_computed, sequence.num_prompt))
+            sequence.num_registered = len(cached)
+            sequence.num_computed = max(len(cached) * self.blocks.block_size, sequence.num_prologue_kv)
+            real = min(sequence.num_computed, sequence.num_prompt) - sequence.num_prologue
+            sequence.num_cached = max(sequence.num_cached, real)
             sequence.charged = max(sequence.charged, sequence.num_computed)
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
@@ -169,18 +184,14 @@ class Scheduler:
         while queues:
             tenant = min(queues, key=lambda name: (served[name], queues[name][0].order))
             sequence = queues[tenant].popleft()
-            served[tenant] += sequence.num_tokens * INPUT_PRICE
+            served[tenant] += (sequence.num_tokens - sequence.num_prologue_kv) * INPUT_PRICE
             if not queues[tenant]:
                 del queues[tenant]
             yield sequence
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        if sequence.wants_prompt_logprobs:
-            return []
         hashes = sequence.full_block_hashes(self.blocks.block_size)
-        # At least one token must be computed: its hidden state makes the next token.
-        usable = (sequence.num_tokens - 1) // self.blocks.block_size
-        return self.blocks.match(hashes[:usable])
+        return self.blocks.match(hashes[: sequence.num_shareable // self.blocks.block_size])
 
     def _charge(self, item: Scheduled) -> None:
         """Recomputed tokens are free: preemption is the engine's choice, not the tenant's."""

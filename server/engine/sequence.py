@@ -1,6 +1,9 @@
 """One request's tokens while the engine works on it. Standard library only.
 
 ``num_computed`` chases ``num_tokens``: there is no prefill phase and no decode phase, only how far the K/V has come.
+
+All lengths, starts and ends are kv indices. A program may put ``num_prologue`` pseudo-tokens in front of the real ones: they take kv
+indices (blocks, masks, windows), while their share of the positions is ``position_shift``, and they are nobody's tokens otherwise.
 """
 
 from __future__ import annotations
@@ -8,9 +11,13 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from server.engine.block_manager import chain_hash, root_hash, switch_hash
-from server.engine.types import ProgramRef, Request, TokenLogprob
+from server.engine.types import ProgramRef, Request, Task, TokenLogprob
+
+PSEUDO_TOKEN = 0
+"""Stands for every pseudo-token in hashes and inputs: what it is follows from the program, which is in the root of the hashes."""
 
 
 class SequenceState(enum.Enum):
@@ -23,8 +30,10 @@ class SequenceState(enum.Enum):
 class Sequence:
     """Tokens, blocks and slot of one request.
 
-    ``active_from`` is the position from which the program acts: 0 for most programs. Its K/V before that position is the
-    base's. ``slot`` is the bank slot while running, 0 for the base.
+    ``token_ids`` are the real tokens. ``active_from`` is the kv index from which the program acts: 0 for most programs. Its K/V before
+    that index is the base's. The first ``num_prologue_kv`` of the ``num_prologue`` pseudo-tokens are never computed: their K/V is the
+    program's own. ``slot`` is the bank slot while running, 0 for the base. ``head_pooling`` is how the program's classifier reads hidden
+    states ("" without one), ``pooling`` how this sequence's are read, and ``pooled`` what they have come to so far: the runner's value.
     """
 
     __slots__ = (
@@ -32,11 +41,16 @@ class Sequence:
         "block_table",
         "charged",
         "hashes",
+        "head_pooling",
         "num_cached",
         "num_computed",
-        "num_prompt",
+        "num_prologue",
+        "num_prologue_kv",
         "num_registered",
         "order",
+        "pooled",
+        "pooling",
+        "position_shift",
         "program",
         "prompt_logprobs",
         "random",
@@ -51,7 +65,9 @@ class Sequence:
         self.order = order
         self.program: ProgramRef = request.program
         self.token_ids = list(request.prompt_token_ids)
-        self.num_prompt = len(self.token_ids)
+        self.num_prologue = 0
+        self.num_prologue_kv = 0
+        self.position_shift = 0
         self.num_computed = 0
         self.num_cached = 0
         self.num_registered = 0
@@ -63,6 +79,9 @@ class Sequence:
         self.state = SequenceState.WAITING if request.program.is_base else SequenceState.WAITING_FOR_ADAPTER
         self.random = random.Random(request.params.seed)  # noqa: S311 - sampling, not cryptography
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.head_pooling = ""
+        self.pooling = ""
+        self.pooled: Any = None
 
     @property
     def tenant(self) -> str:
@@ -70,15 +89,41 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """The kv index after the last token known so far."""
+        return self.num_prologue + len(self.token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        """The kv index after the prompt."""
+        return self.num_prologue + len(self.request.prompt_token_ids)
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The tokens made so far."""
+        return self.token_ids[len(self.request.prompt_token_ids) :]
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return self.request.params.prompt_logprobs is not None
+        return self.generates and self.request.params.prompt_logprobs is not None
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are made; otherwise the sequence ends with its prompt."""
+        return self.request.task is Task.GENERATE
+
+    @property
+    def num_shareable(self) -> int:
+        """How many kv indices may come from the prefix cache. What is asked for decides which hidden states must be computed."""
+        if self.wants_prompt_logprobs or self.pooling == "none":
+            return self.num_prologue
+        if self.pooling in ("first", "mean"):
+            return self.num_prologue_kv
+        # The last token's hidden state makes the next token, or the answer.
+        return self.num_tokens - 1
 
     def start_at(self, invocation_tokens: tuple[int, ...]) -> None:
         """Fix where the program starts to act, from the prompt alone, so that preemption cannot move it.
@@ -88,15 +133,33 @@ class Sequence:
         if not invocation_tokens:
             return
         width = len(invocation_tokens)
-        prompt = self.token_ids[: self.num_prompt]
-        for start in range(self.num_prompt - width, -1, -1):
-            if tuple(prompt[start : start + width]) == invocation_tokens:
+        prompt = self.request.prompt_token_ids
+        for start in range(len(prompt) - width, -1, -1):
+            if prompt[start : start + width] == invocation_tokens:
                 self.active_from = start
                 return
         self.program = ProgramRef()
 
+    def start_with(self, num_kv: int, num_virtual: int, position_shift: int) -> None:
+        """Put a program's pseudo-tokens in front: first ``num_kv`` that only have K/V, then ``num_virtual`` that are computed."""
+        self.num_prologue_kv = num_kv
+        self.num_prologue = num_kv + num_virtual
+        self.position_shift = position_shift
+
+    def tokens_between(self, start: int, end: int) -> list[int]:
+        """The token ids at kv indices ``[start, end)``."""
+        pseudo = [PSEUDO_TOKEN] * (min(end, self.num_prologue) - start)
+        return pseudo + self.token_ids[max(0, start - self.num_prologue) : max(0, end - self.num_prologue)]
+
+    def positions_between(self, start: int, end: int) -> Iterator[int]:
+        """The positions that the model is told for kv indices ``[start, end)``: a virtual token's is its kv index."""
+        border = min(max(self.num_prologue, start), end)
+        yield from range(start, border)
+        shift = self.position_shift - self.num_prologue
+        yield from range(border + shift, end + shift)
+
     def full_block_hashes(self, block_size: int) -> list[bytes]:
-        """Hashes of all blocks that the tokens known so far fill, extended as the sequence grows."""
+        """Hashes of all blocks that the tokens known so far fill, pseudo-tokens included, extended as the sequence grows."""
         for index in range(len(self.hashes), self.num_tokens // block_size):
             self.hashes.append(self._block_hash(index, block_size))
         return self.hashes
@@ -109,7 +172,7 @@ class Sequence:
             parent = self.hashes[-1]
         if self.active_from and first <= self.active_from < end:
             parent = switch_hash(parent, self.program.program_id, self.active_from)
-        return chain_hash(parent, self.token_ids[first:end])
+        return chain_hash(parent, self.tokens_between(first, end))
 
     def slots_between(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(slot, start, end) pieces of the token range: the base before ``active_from``, the program after it."""
@@ -126,3 +189,4 @@ class Sequence:
         self.num_registered = 0
         self.slot = 0
         self.prompt_logprobs = []
+        self.pooled = None

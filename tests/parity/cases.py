@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def linears(family: str) -> list[str]:
 @dataclass(frozen=True)
 class Case:
     """A PEFT configuration for a family. ``trained`` are parts of parameter names that are random although PEFT does not train them;
-    ``kept`` are those that get noise on top of what they are (scales and norms, around which zero would mean nothing)."""
+    ``kept`` are those that get noise on top of what they are (scales and norms, around which zero would mean nothing). ``arguments`` are
+    what PEFT's forward must be told beside tokens."""
 
     name: str
     config: Callable[[str], Any]
@@ -42,6 +44,7 @@ class Case:
     trained: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     scale: float = 0.15
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_checkpoint(case: Case, family: str, base: Path, directory: Path, *, seed: int = 9) -> Path:
@@ -61,15 +64,15 @@ def check_case(case: Case, family: str, base: Path, directory: Path) -> None:
     """The case's checkpoint, served alone by the engine, equals PEFT on a clean base."""
     adapter = make_checkpoint(case, family, base, directory)
     program = lower_directory(adapter, load_base_for_lowering(base), f"{family}-{case.name}")
-    check_equals_peft(base, adapter, program)
+    check_equals_peft(base, adapter, program, case.arguments)
 
 
-def check_equals_peft(base: Path, adapter: Path, program: ProgramRef) -> None:
+def check_equals_peft(base: Path, adapter: Path, program: ProgramRef, arguments: Mapping[str, Any] | None = None) -> None:
     """Logits at every generated position and greedy tokens equal PEFT's, and differ from the base's."""
     engine = make_engine(base)
     results = run(engine, [greedy(name, prompt, program) for name, prompt in PROMPTS.items()])
     engine.close()
-    reference = load_reference(base, adapter)
+    reference = partial(load_reference(base, adapter), **(arguments or {}))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     effect = 0.0
     for name, prompt in PROMPTS.items():

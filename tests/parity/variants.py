@@ -106,10 +106,14 @@ def load_reference(base: Path, adapter: Path) -> Any:
 
 @torch.inference_mode()
 def reference_logits(model: Any, token_ids: list[int], prompt_length: int) -> torch.Tensor:
-    """Logits ``(n, vocab)`` at the prompt's last position and all after it, from one full forward pass."""
-    return model(
+    """Logits ``(n, vocab)`` at the prompt's last position and all after it, from one full forward pass.
+
+    They are the last ones: virtual tokens have logits too, in front of the real tokens'.
+    """
+    logits: torch.Tensor = model(
         input_ids=torch.tensor([token_ids]), attention_mask=torch.ones(1, len(token_ids), dtype=torch.long), use_cache=False
-    ).logits[0, prompt_length - 1 :]
+    ).logits[0]
+    return logits[logits.shape[0] - len(token_ids) + prompt_length - 1 :]
 
 
 def _fill(value: Any, stand_ins: dict[str, str]) -> Any:

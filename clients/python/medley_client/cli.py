@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,10 @@ from medley_client import __version__
 from medley_client.client import Medley
 from medley_client.convert import convert
 from medley_client.errors import ApiError, CannotConnect, MedleyError
-from medley_client.types import Adapter
+from medley_client.types import Adapter, AdapterChoice
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
+_ADAPTER = re.compile(r"(?P<name>[^@:]+(?:@(?:sha256:)?[^@:]+)?)(?::(?P<weight>[^:]+))?")
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -80,7 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("reference", metavar="NAME")
     generate = command("generate", _generate, "Generate text, as it comes.")
     generate.add_argument("prompt")
-    generate.add_argument("--adapter", help="adapter name; default: the base model")
+    generate.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME[:WEIGHT]",
+        help="adapter name; several, with weights, are added up; default: the base model",
+    )
+    generate.add_argument("--adapter-drop", type=int, metavar="N", help="leave the first N layers without the adapters' edits")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, help="default: greedy")
     generate.add_argument("--seed", type=int)
@@ -165,10 +174,12 @@ def _remove(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     first, count, text = 0.0, 0, ""
+    adapter = _chosen(arguments.adapter)
     with _client(arguments) as client:
         stream = client.generate_stream(
             arguments.prompt,
-            adapter=arguments.adapter,
+            adapter=adapter,
+            adapter_drop=arguments.adapter_drop,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
             seed=arguments.seed,
@@ -187,6 +198,21 @@ def _generate(arguments: argparse.Namespace) -> int:
     sys.stdout.write("\n")
     err.print(f"{count} tokens, {count / seconds:.1f} tokens/s, first token after {first * 1000:.0f} ms", style="dim")
     return 0
+
+
+def _chosen(given: list[str]) -> AdapterChoice | None:
+    """What ``--adapter`` says: ``name``, ``name:0.5``, ``name@v2:0.5``. Raises MedleyError."""
+    chosen: dict[str, float] = {}
+    for text in given:
+        parts = _ADAPTER.fullmatch(text)
+        try:
+            name, weight = (parts["name"], float(parts["weight"] or 1)) if parts else (text, 1.0)
+        except ValueError as error:
+            raise MedleyError(f"--adapter {text}: the weight after the colon is not a number") from error
+        if name in chosen:
+            raise MedleyError(f"--adapter {name} is given twice; add its weights up")
+        chosen[name] = weight
+    return next(iter(chosen)) if list(chosen.values()) == [1.0] else chosen or None
 
 
 def _convert(arguments: argparse.Namespace) -> int:

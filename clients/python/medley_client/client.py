@@ -14,7 +14,7 @@ import httpx
 
 from medley_client import wire
 from medley_client.errors import CannotConnect
-from medley_client.types import Adapter, Generated, PushedAdapter, Token
+from medley_client.types import Adapter, AdapterChoice, Generated, PushedAdapter, Token
 from medley_client.upload import Progress, Upload
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -53,11 +53,14 @@ class Medley:
     def close(self) -> None:
         self._http.close()
 
-    def generate(self, prompt: str, *, adapter: str | None = None, **parameters: Any) -> Generated:
-        """Text after a prompt. ``parameters`` are those of /generate (max_new_tokens, temperature, seed, stop, …)."""
+    def generate(self, prompt: str, *, adapter: AdapterChoice | None = None, **parameters: Any) -> Generated:
+        """Text after a prompt. ``adapter`` is a name, or several names with weights; None is the base model.
+
+        ``parameters`` are those of /generate (max_new_tokens, temperature, seed, stop, adapter_drop, …).
+        """
         return wire.read_generated(self.request(wire.generate(prompt, adapter, False, parameters)))
 
-    def generate_stream(self, prompt: str, *, adapter: str | None = None, **parameters: Any) -> Iterator[Token]:
+    def generate_stream(self, prompt: str, *, adapter: AdapterChoice | None = None, **parameters: Any) -> Iterator[Token]:
         """The same, token by token. Closing the iterator ends the request."""
         call = wire.generate(prompt, adapter, True, parameters)
         try:
@@ -70,10 +73,9 @@ class Medley:
         except httpx.TransportError as error:
             raise _unreachable(self._http.base_url, error) from error
 
-    def chat(self, messages: list[dict[str, str]], *, adapter: str | None = None, **parameters: Any) -> str:
+    def chat(self, messages: list[dict[str, str]], *, adapter: AdapterChoice | None = None, **parameters: Any) -> str:
         """The assistant's answer to a conversation. ``parameters`` are those of /v1/chat/completions."""
-        body = {"model": adapter or "base", "messages": messages, **parameters}
-        return str(self.request(wire.Call("POST", "/v1/chat/completions", body))["choices"][0]["message"]["content"])
+        return str(self.request(wire.chat(messages, adapter, parameters))["choices"][0]["message"]["content"])
 
     def models(self) -> list[str]:
         """Names that can be asked for: the base first, then the tenant's adapters."""
@@ -141,10 +143,12 @@ class AsyncMedley:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def generate(self, prompt: str, *, adapter: str | None = None, **parameters: Any) -> Generated:
+    async def generate(self, prompt: str, *, adapter: AdapterChoice | None = None, **parameters: Any) -> Generated:
         return wire.read_generated(await self.request(wire.generate(prompt, adapter, False, parameters)))
 
-    async def generate_stream(self, prompt: str, *, adapter: str | None = None, **parameters: Any) -> AsyncIterator[Token]:
+    async def generate_stream(
+        self, prompt: str, *, adapter: AdapterChoice | None = None, **parameters: Any
+    ) -> AsyncIterator[Token]:
         call = wire.generate(prompt, adapter, True, parameters)
         try:
             async with self._http.stream(call.method, call.path, json=call.json) as response:
@@ -158,9 +162,8 @@ class AsyncMedley:
         except httpx.TransportError as error:
             raise _unreachable(self._http.base_url, error) from error
 
-    async def chat(self, messages: list[dict[str, str]], *, adapter: str | None = None, **parameters: Any) -> str:
-        body = {"model": adapter or "base", "messages": messages, **parameters}
-        return str((await self.request(wire.Call("POST", "/v1/chat/completions", body)))["choices"][0]["message"]["content"])
+    async def chat(self, messages: list[dict[str, str]], *, adapter: AdapterChoice | None = None, **parameters: Any) -> str:
+        return str((await self.request(wire.chat(messages, adapter, parameters)))["choices"][0]["message"]["content"])
 
     async def models(self) -> list[str]:
         return [item["id"] for item in (await self.request(wire.Call("GET", "/v1/models")))["data"]]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+AdapterChoice = str | Mapping[str, float]
+"""One adapter by name, or several with their weights: ``{"legal": 0.7, "german": 0.3}``."""
 
 
 @dataclass(frozen=True, slots=True)

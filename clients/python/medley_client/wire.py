@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medley_client.errors import ApiError, Fault
-from medley_client.types import Adapter, Generated, PushedAdapter, Token
+from medley_client.types import Adapter, AdapterChoice, Generated, PushedAdapter, Token
 
 RETRIES = 2
 MAX_WAIT_S = 120.0
@@ -26,14 +26,24 @@ class Call:
     params: Mapping[str, str | int] | None = None
 
 
-def generate(prompt: str, adapter: str | None, stream: bool, parameters: Mapping[str, Any]) -> Call:
+def generate(prompt: str, adapter: AdapterChoice | None, stream: bool, parameters: Mapping[str, Any]) -> Call:
     """``parameters`` are those of /generate; None values are left out."""
     chosen = {name: value for name, value in parameters.items() if value is not None}
-    if adapter is not None:
+    if isinstance(adapter, str):
         chosen["adapter_id"] = adapter
+    elif adapter is not None:
+        chosen["adapters"] = _weighted(adapter)
     if not stream:
         chosen["details"] = True
     return Call("POST", "/generate_stream" if stream else "/generate", {"inputs": prompt, "parameters": chosen})
+
+
+def chat(messages: list[dict[str, str]], adapter: AdapterChoice | None, parameters: Mapping[str, Any]) -> Call:
+    """``parameters`` are those of /v1/chat/completions."""
+    body: dict[str, Any] = {"model": adapter if isinstance(adapter, str) else "base", "messages": messages, **parameters}
+    if adapter is not None and not isinstance(adapter, str):
+        body["adapters"] = _weighted(adapter)
+    return Call("POST", "/v1/chat/completions", body)
 
 
 def read_generated(body: Mapping[str, Any]) -> Generated:
@@ -101,6 +111,10 @@ def retry_wait(attempt: int, status: int, headers: Mapping[str, str]) -> float |
             continue
         return wait if 0 <= wait <= MAX_WAIT_S else None
     return float(min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.0))  # noqa: S311 - jitter
+
+
+def _weighted(adapters: Mapping[str, float]) -> list[dict[str, Any]]:
+    return [{"adapter": name, "weight": weight} for name, weight in adapters.items()]
 
 
 def _token(item: Mapping[str, Any]) -> Token:

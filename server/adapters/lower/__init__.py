@@ -20,6 +20,7 @@ from server.adapters.lower.base import Base
 from server.adapters.lower.checkpoint import Checkpoint
 from server.adapters.lower.method import Method
 from server.adapters.lower.source import Source
+from server.adapters.lower.task_head import lower_task_head
 
 MAX_PROGRAM_BYTES = 1 << 30
 
@@ -31,7 +32,7 @@ REFUSED = {
 }
 """Methods that no program can express, with the reason."""
 
-__all__ = ["Checkpoint", "Method", "lower", "method_of", "methods"]
+__all__ = ["Checkpoint", "Method", "cast", "lower", "method_of", "methods"]
 
 
 @cache
@@ -52,9 +53,11 @@ def lower(checkpoint: Checkpoint, base: Base, *, max_bytes: int = MAX_PROGRAM_BY
     source.check_fields(method.fields)
     source.stop_if_faulty()
     program = method.lower(source, base)
+    if method.library == "peft":
+        lower_task_head(source, base, program)
     source.check_all_used()
     source.stop_if_faulty()
-    program = _cast(program, base)
+    program = cast(program, base)
     _check(program, source, base, max_bytes)
     source.stop_if_faulty()
     return program
@@ -91,7 +94,7 @@ def _name(checkpoint: Checkpoint) -> str:
     return str(inner.get("architecture") or ("fusion" if "query_before_ln" in inner else "bottleneck"))
 
 
-def _cast(program: Program, base: Base) -> Program:
+def cast(program: Program, base: Base) -> Program:
     """Matrices to the base's dtype; scales, shifts and other vectors stay at least fp32."""
     wide = torch.promote_types(base.dtype, torch.float32)
     for _, owner, name, tensor in list(program.tensors()):
@@ -116,6 +119,7 @@ def _check(program: Program, source: Source, base: Base, max_bytes: int) -> None
             f"at most {max_bytes} bytes",
             f"{program.nbytes} bytes",
         )
+    _check_prologue(program, source, base)
     sites = base.spec.by_name()
     for site, owner, name, tensor in program.tensors():
         shape = _shapes(owner, sites[site]).get(name) if site in sites else None
@@ -123,6 +127,19 @@ def _check(program: Program, source: Source, base: Base, max_bytes: int) -> None
             source.fault(
                 "wrong_shape", f"{site}.{name}", "the lowered edit does not fit the base", str(shape), str(tuple(tensor.shape))
             )
+
+
+def _check_prologue(program: Program, source: Source, base: Base) -> None:
+    spec, prologue = base.spec, program.prologue
+    if len(prologue) and len(prologue) >= spec.max_positions:
+        found = f"{len(prologue)} virtual tokens"
+        source.fault("program_too_large", "adapter", "no room is left for a prompt", f"fewer than {spec.max_positions}", found)
+    if prologue.after_first and not spec.is_encoder:
+        source.fault(
+            "unsupported_field",
+            "adapter",
+            "virtual tokens behind the first token cannot be shared by requests that generate; train them in front of the prompt",
+        )
 
 
 def _shapes(owner: object, spec: SiteSpec) -> dict[str, tuple[int, ...]]:

@@ -62,6 +62,11 @@ class Base:
         stored = self._weights.get(f"{site}.bias") if self._sites[site].has_bias else None
         return torch.zeros(self._sites[site].out_features, dtype=self.compute) if stored is None else self._as_served(stored)
 
+    def parameter(self, name: str) -> Tensor | None:
+        """A tensor of the base directory outside the sites (a pooler's weight), by its full name; None when there is none."""
+        stored = self._weights.get(name)
+        return None if stored is None else self._as_served(stored)
+
     def _as_served(self, stored: Tensor) -> Tensor:
         """Rounded to the dtype that the engine serves, which is what an edit must be exact against."""
         return stored.to(self.dtype).to(self.compute)
