@@ -155,7 +155,7 @@ class Generation:
         for name, weight in named:
             version = await asyncio.to_thread(self._store.resolve, tenant, name)
             files = await asyncio.to_thread(self._store.files, version)
-            program = await self._lowerer.ensure(version.digest, files["config"], files["weights"])
+            program = await self._lowerer.ensure(version.digest, files)
             parts.append((version.digest, weight))
         digests = tuple(digest for digest, _ in parts)
         if len(set(digests)) < len(digests):

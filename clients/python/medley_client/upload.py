@@ -6,12 +6,19 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+from medley_client.convert import HEAD_PICKLE, NAMES
 from medley_client.errors import MedleyError
 
 Progress = Callable[[int, int], None]
 """Called with (bytes sent, bytes in all)."""
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_SETS = (
+    ("adapter_config.json", "adapter_model.safetensors"),
+    # AdapterHub's names, and its fusions.
+    ("adapter_config.json", "adapter.safetensors"),
+    ("adapter_fusion_config.json", "model_adapter_fusion.safetensors"),
+)
+_MORE = ("head_config.json", "model_head.safetensors", "labels.json")
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 _CHUNK = 256 << 10
 
@@ -68,9 +75,13 @@ def find_files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise MedleyError(f"{source} does not exist")
-    missing = [name for name in _FILES if not (source / name).is_file()]
-    if missing:
-        pickled = (source / "adapter_model.bin").is_file() and "adapter_model.safetensors" in missing
-        hint = f"; turn its adapter_model.bin into safetensors first: medley convert {source}" if pickled else ""
+    complete = [names for names in _SETS if all((source / name).is_file() for name in names)]
+    pickles = [name for name, converted in NAMES.items() if (source / name).is_file() and not (source / converted).is_file()]
+    if not complete:
+        missing = [name for name in _SETS[0] if not (source / name).is_file()]
+        hint = f"; turn its {pickles[0]} into safetensors first: medley convert {source}" if pickles else ""
         raise MedleyError(f"{source} has no {' and no '.join(missing)}{hint}")
-    return [source / name for name in _FILES]
+    files = [source / name for name in (*complete[0], *_MORE) if (source / name).is_file()]
+    if (source / "head_config.json") in files and HEAD_PICKLE in pickles:
+        raise MedleyError(f"{source} has its head in {HEAD_PICKLE} only; turn it into safetensors first: medley convert {source}")
+    return files

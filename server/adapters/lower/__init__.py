@@ -49,7 +49,7 @@ def methods() -> Mapping[tuple[str, str], Method]:
 def lower(checkpoint: Checkpoint, base: Base, *, max_bytes: int = MAX_PROGRAM_BYTES) -> Program:
     """Lower a checkpoint onto the base. Raises LoweringError with every fault found."""
     method = method_of(checkpoint)
-    source = Source(checkpoint, base.spec)
+    source = Source(checkpoint, base.spec, method.file)
     source.check_fields(method.fields)
     source.stop_if_faulty()
     program = method.lower(source, base)
@@ -85,13 +85,13 @@ _NAME_FIELDS = {"peft": "peft_type", "medley": "medley_type", "adapters": "confi
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    """The method's name in its library; AdapterHub leaves out the architecture of bottlenecks."""
+    """The method's name in its library; AdapterHub leaves out the architecture of bottlenecks and of fusions, which have fields of their own."""
     if checkpoint.library != "adapters":
         name = checkpoint.config.get(_NAME_FIELDS.get(checkpoint.library, ""))
         return name if isinstance(name, str) else ""
     inner = checkpoint.config.get("config")
-    architecture = inner.get("architecture") if isinstance(inner, dict) else None
-    return str(architecture or "bottleneck")
+    inner = inner if isinstance(inner, dict) else {}
+    return str(inner.get("architecture") or ("fusion" if "query_before_ln" in inner else "bottleneck"))
 
 
 def cast(program: Program, base: Base) -> Program:
