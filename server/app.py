@@ -24,7 +24,7 @@ from adapter_store.residency_redis import RedisResidency
 from adapter_store.store import Store
 from server import __version__
 from server.adapters.lowerer import LowererClient
-from server.api import adapters, generate, health, openai
+from server.api import adapters, generate, health, openai, tasks
 from server.api.auth import Keys
 from server.api.edge import TGI_PATHS, Edge, error_response
 from server.api.generation import Generation
@@ -126,7 +126,7 @@ def create_app(services: Services) -> FastAPI:
 
     app = FastAPI(title="Medley", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
-    for module in (generate, openai, adapters, health):
+    for module in (generate, openai, tasks, adapters, health):
         app.include_router(module.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.adapters.base_spec import describe
 from server.adapters.lower import Checkpoint, lower
 from server.adapters.lower.base import Base, BaseWeights
 from server.adapters.program_file import write_program
+from server.adapters.skeleton import skeleton
 from server.engine.batch import Batch
+from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
 from server.engine.runner import StepResult
 from server.engine.settings import EngineSettings
-from server.engine.types import BASE, FinishReason, ProgramRef, Request, RequestError, SamplingParams
+from server.engine.types import BASE, FinishReason, ProgramRef, Request, RequestError, SamplingParams, Task, TaskResult
 
 DIGEST = "0" * 64
 
@@ -36,13 +37,18 @@ class Result:
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
     num_cached_tokens: int = 0
+    result: TaskResult | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """What a request without tokens gave: ``(n, width)``."""
+        assert self.result is not None, self.error
+        return torch.tensor(self.result.rows, dtype=torch.float64)
 
 
 def load_base_for_lowering(directory: Path, dtype: str = "float32") -> Base:
     """The base as the lowering process sees it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    spec = describe(model, DIGEST, dtype)
+    spec = describe(skeleton(directory), DIGEST, dtype)
     return Base(spec, BaseWeights(directory, spec))
 
 
@@ -53,6 +59,17 @@ def lower_directory(adapter: Path, base: Base, program_id: str) -> ProgramRef:
     path = adapter / f"program-{base.spec.dtype}.safetensors"
     write_program(path, program, program_id=program_id, facts={})
     return ProgramRef(program_id, str(path))
+
+
+def make_encoder(directory: Path, dtype: str = "float32", *, kernel: Any = None, **overrides: Any) -> EncoderEngine:
+    """A small engine on a tiny encoder."""
+    sizes: dict[str, Any] = {"bank_bytes": 8 << 20, "max_batch_tokens": 4096, "max_running": 256, **overrides}
+    return EncoderEngine(EngineSettings(model_dir=str(directory), base_digest=DIGEST, dtype=dtype, **sizes), kernel=kernel)
+
+
+def ask(request_id: str, prompt: Sequence[int], program: ProgramRef = BASE, *, task: Task = Task.CLASSIFY) -> Request:
+    """A request that makes no token."""
+    return Request(request_id, tuple(prompt), SamplingParams(), program, request_id, task)
 
 
 def make_engine(directory: Path, dtype: str = "float32", *, kernel: Any = None, **overrides: Any) -> Engine:
@@ -76,13 +93,13 @@ def greedy(request_id: str, prompt: Sequence[int], program: ProgramRef = BASE, *
     )
 
 
-def run(engine: Engine, requests: Iterable[Request], *, max_steps: int = 2000) -> dict[str, Result]:
+def run(engine: Engine | EncoderEngine, requests: Iterable[Request], *, max_steps: int = 2000) -> dict[str, Result]:
     """Run requests to their ends, together."""
     results: dict[str, Result] = {}
     for request in requests:
         results[request.request_id] = Result()
         engine.add(request)
-    recorded = _Recorder(engine, results)
+    recorded = _Recorder(engine, results) if isinstance(engine, Engine) else None
     for _ in range(max_steps):
         while engine.has_unfinished and not engine.has_runnable and engine.loader.is_waiting:
             time.sleep(0.001)
@@ -92,13 +109,14 @@ def run(engine: Engine, requests: Iterable[Request], *, max_steps: int = 2000) -
             result.num_cached_tokens = max(result.num_cached_tokens, output.num_cached_tokens)
             if output.finish_reason is not None:
                 assert result.finish_reason is None, "a request ended twice"
-                result.finish_reason, result.error = output.finish_reason, output.error
+                result.finish_reason, result.error, result.result = output.finish_reason, output.error, output.result
         if not engine.has_unfinished:
             break
     else:
         raise AssertionError(f"requests did not end within {max_steps} steps")
-    recorded.detach()
-    engine.blocks.check_integrity()
+    if recorded is not None:
+        recorded.detach()
+        recorded.engine.blocks.check_integrity()
     return results
 
 
@@ -106,7 +124,7 @@ class _Recorder:
     """Stands between engine and runner and keeps the logits that sampling saw."""
 
     def __init__(self, engine: Engine, results: dict[str, Result]) -> None:
-        self._engine = engine
+        self.engine = engine
         self._runner = engine._runner
         self._results = results
         engine._runner = self  # type: ignore[assignment]
@@ -121,4 +139,4 @@ class _Recorder:
         return outcome
 
     def detach(self) -> None:
-        self._engine._runner = self._runner
+        self.engine._runner = self._runner

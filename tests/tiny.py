@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt")
+ENCODERS = ("bert", "roberta", "distilbert")
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>")
 VOCAB = 256 + len(SPECIAL) + 27  # not a round number, so that a shape mistake shows
 CHAT_TEMPLATE = (
@@ -43,7 +45,11 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "tie_word_embeddings": True},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": True},
     "phi3": {"sliding_window": None, "original_max_position_embeddings": 512},
+    "roberta": {"max_position_embeddings": 514},
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
 }
+_DECODERS_ONLY = ("num_key_value_heads", "head_dim", "bos_token_id", "eos_token_id")
+_RENAMED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def make_tiny(family: str, directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
@@ -55,32 +61,38 @@ def make_tiny(family: str, directory: Path, *, seed: int = 0, dtype: torch.dtype
             for name, value in settings.items()
             if name not in ("num_key_value_heads", "head_dim", "intermediate_size")
         }
+    if family in ENCODERS:
+        unknown = {*_DECODERS_ONLY, *(_RENAMED if family == "distilbert" else ())}
+        settings = {name: value for name, value in settings.items() if name not in unknown}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    kind = AutoModel if family in ENCODERS else AutoModelForCausalLM
+    model = kind.from_config(AutoConfig.for_model(family, **settings))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            centre = 1.0 if "norm" in name or "ln_" in name else 0.0
+            centre = 1.0 if "norm" in name.lower() or "ln_" in name else 0.0
             centre = 0.0 if family == "gemma2" and "norm" in name else centre
             parameter.data = centre + 0.2 * torch.randn(parameter.shape, generator=generator)
     model.to(dtype).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    tiny_tokenizer(wraps=family in ENCODERS).save_pretrained(directory)
     return directory
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, plus special tokens; it round-trips every string."""
+def tiny_tokenizer(*, wraps: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte, plus special tokens; it round-trips every string. ``wraps``: as encoders have it, with a token around each text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if wraps:
+        tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=None if wraps else CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

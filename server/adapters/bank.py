@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec
 from server.adapters.extents import Extents
-from server.adapters.packed import PackedProgram, PrologueLayout, SiteLayout, alignment
+from server.adapters.packed import PackedProgram, PrologueLayout, SiteLayout, TaskHeadLayout, alignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Resident:
     extras: dict[str, Tensor]
     invocation_tokens: tuple[int, ...]
     prologue: PrologueLayout
+    head: TaskHeadLayout | None
     num_rows: int
     num_vectors: int
     nbytes: int
@@ -145,6 +146,7 @@ class Bank:
             extras={name: tensor.to(self.rows.device) for name, tensor in program.extras.items()},
             invocation_tokens=program.invocation_tokens,
             prologue=program.prologue,
+            head=program.head,
             num_rows=program.rows.numel(),
             num_vectors=program.vectors.numel(),
             nbytes=program.nbytes,

@@ -109,12 +109,14 @@ class BaseSpec:
 def describe(model: nn.Module, digest: str, dtype: str) -> BaseSpec:
     """Read the sites off a Hugging Face model (weights may be on the meta device): a causal language model, or an encoder's backbone."""
     config: Any = model.config
-    is_encoder = FAMILIES[config.model_type].post_norm
+    is_encoder = FAMILIES[config.model_type].is_encoder
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     head = None if is_encoder else model.get_output_embeddings()  # type: ignore[operator]
     names = {module: name for name, module in model.named_modules()}
     layer_count = int(config.num_hidden_layers)
     heads = int(config.num_attention_heads)
+    # RoBERTa's first rows of the table belong to padding.
+    offset = int(config.pad_token_id) + 1 if config.model_type == "roberta" else 0
     sites: list[SiteSpec] = []
     for name, module in model.named_modules():
         kind = _kind(module, embedding, head)
@@ -138,8 +140,8 @@ def describe(model: nn.Module, digest: str, dtype: str) -> BaseSpec:
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         is_encoder=is_encoder,
         embedding_norm="embeddings.LayerNorm" if is_encoder else "",
-        position_offset=int(config.pad_token_id) + 1 if config.model_type == "roberta" else 0,
-        max_positions=int(config.max_position_embeddings),
+        position_offset=offset,
+        max_positions=int(config.max_position_embeddings) - offset,
     )
     parts: tuple[tuple[str, SiteKind], ...] = ((spec.names.attention, "attention"), ("", "layer"))
     whole = [

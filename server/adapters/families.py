@@ -12,7 +12,8 @@ class LayerNames:
 
     ``query``, ``key``, ``value`` name one fused linear where the family has one. ``gate`` is empty where there is none. ``attention_norm``
     and ``mlp_norm`` read the residual stream before the sub-layer (pre-norm) or after the addition (``post_norm``); they are empty
-    where the family does more than that, and then no bottleneck can stand there.
+    where the family does more than that, and then no bottleneck can stand there. ``pooler`` is the linear, outside the layers, that
+    sentence classifiers read the first token through; the served backbone is loaded without it.
     """
 
     layers: str
@@ -27,6 +28,17 @@ class LayerNames:
     mlp_norm: str
     gate: str = ""
     post_norm: bool = False
+    pooler: str = ""
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the family reads a whole text at once and generates nothing. Those served are the post-norm ones."""
+        return self.post_norm
+
+    @property
+    def backbone_arguments(self) -> dict[str, bool]:
+        """What an encoder's class is told, so that it leaves its pooler out."""
+        return {"add_pooling_layer": False} if self.pooler else {}
 
 
 _LLAMA = LayerNames(
@@ -54,6 +66,7 @@ _BERT = LayerNames(
     attention_norm="attention.output.LayerNorm",
     mlp_norm="output.LayerNorm",
     post_norm=True,
+    pooler="pooler.dense",
 )
 FAMILIES: dict[str, LayerNames] = {
     "llama": _LLAMA,

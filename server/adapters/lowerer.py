@@ -10,7 +10,7 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,9 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct, frozen=True, tag=True):
-    """Lower an adapter's files to a program file."""
+    """Lower an adapter's files to a program file. ``files`` are by role; see ``lower.checkpoint.read_checkpoint``."""
 
-    config: str
-    weights: str
+    files: dict[str, str]
     program: str
     program_id: str
 
@@ -128,10 +127,10 @@ class LowererClient:
         """The id of the program that a single adapter lowers to."""
         return program_id(((digest, 1.0),), self._base_digest)
 
-    async def ensure(self, digest: str, config: Path, weights: Path) -> LoweredProgram:
-        """The adapter's program, lowered now unless its file is there. Raises LoweringError with all faults."""
+    async def ensure(self, digest: str, files: Mapping[str, Path]) -> LoweredProgram:
+        """The program of the adapter with these files by role, lowered now unless it is there. Raises LoweringError with all faults."""
         name = self.program_id(digest)
-        return await self._once(name, lambda: self._ensure(name, config, weights))
+        return await self._once(name, lambda: self._ensure(name, files))
 
     async def compose(self, parts: Sequence[tuple[str, float]], drop: int = 0) -> LoweredProgram:
         """The program of several adapters ``(digest, weight)`` together, without the edits of the first ``drop`` layers.
@@ -160,11 +159,11 @@ class LowererClient:
         # One caller that goes away must not take the work from the others.
         return await asyncio.shield(task)
 
-    async def _ensure(self, name: str, config: Path, weights: Path) -> LoweredProgram:
+    async def _ensure(self, name: str, files: Mapping[str, Path]) -> LoweredProgram:
         path = self._path(name)
         if path.exists():
             return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
-        return await self._make(Job(str(config), str(weights), str(path), name))
+        return await self._make(Job({role: str(file) for role, file in files.items()}, str(path), name))
 
     async def _compose(self, name: str, parts: Sequence[tuple[str, float]], drop: int) -> LoweredProgram:
         if (path := self._composites.find(name)) is not None:

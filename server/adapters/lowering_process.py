@@ -6,7 +6,6 @@ time under a memory limit, and may die without harm. Started by ``LowererClient`
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from pathlib import Path
@@ -16,18 +15,18 @@ import msgspec
 import torch
 import zmq
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.adapters.base_spec import describe
 from server.adapters.compose import Part, compose, drop_layers
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.ir import BottleneckEdit, LinearEdit, Program
-from server.adapters.lower import Checkpoint, lower, method_of
+from server.adapters.lower import lower, method_of
 from server.adapters.lower.base import Base, BaseWeights
+from server.adapters.lower.checkpoint import read_checkpoint
 from server.adapters.lowerer import Compose, Done, Job, Start
 from server.adapters.packed import unpack_program
 from server.adapters.program_file import read_program, write_program
+from server.adapters.skeleton import skeleton
 
 
 def main() -> None:
@@ -57,9 +56,7 @@ def _limit_memory(max_bytes: int) -> None:
 def _load_base(start: Start) -> Base:
     torch.set_num_threads(1)
     directory = Path(start.base_dir)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))  # type: ignore[no-untyped-call]
-    spec = describe(model, start.base_digest, start.dtype)
+    spec = describe(skeleton(directory), start.base_digest, start.dtype)
     return Base(spec, BaseWeights(directory, spec))
 
 
@@ -79,12 +76,11 @@ def _make(job: Job | Compose, base: Base, max_bytes: int) -> Done:
 
 
 def _lower(job: Job, base: Base, max_bytes: int) -> tuple[Program, dict[str, Any]]:
-    config = json.loads(Path(job.config).read_text(encoding="utf-8"))
-    tensors = load_file(job.weights)
-    checkpoint = Checkpoint(config, tensors)
+    checkpoint = read_checkpoint({role: Path(file) for role, file in job.files.items()})
     program = lower(checkpoint, base, max_bytes=max_bytes)
     method = method_of(checkpoint)
-    parameters = sum(tensor.numel() for tensor in tensors.values())
+    everything = [checkpoint, *([checkpoint.head] if checkpoint.head else []), *checkpoint.children.values()]
+    parameters = sum(tensor.numel() for part in everything for tensor in part.tensors.values())
     return program, {"method": method.name, "library": method.library, "parameters": parameters, **_facts(program)}
 
 
@@ -115,6 +111,7 @@ def _facts(program: Program) -> dict[str, Any]:
         "modules": sorted({site.rpartition(".")[2] for site in program.edits}),
         "program_bytes": program.nbytes,
         "virtual_tokens": len(program.prologue),
+        "labels": list(program.head.labels) if program.head is not None else [],
         **({"notes": program.notes} if program.notes else {}),
     }
 

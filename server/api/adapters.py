@@ -25,7 +25,7 @@ _MAX_FIELD = 256
 
 @router.post("", status_code=201)
 async def push(request: Request, name: str | None = Query(default=None)) -> JSONResponse:
-    """Multipart: field ``name`` (or the query parameter), and the files of a PEFT directory or one zip or tar."""
+    """Multipart: field ``name`` (or the query parameter), and the files of an adapter's directory or one zip or tar."""
     services = request.app.state.services
     tenant = request.state.tenant
     result = "error"
@@ -38,7 +38,8 @@ async def push(request: Request, name: str | None = Query(default=None)) -> JSON
                 )
             check_name(name)
             staged = await asyncio.to_thread(staging.finish)
-            program = await services.lowerer.ensure(staged.digest, staged.path("config"), staged.path("weights"))
+            staged = await asyncio.to_thread(services.store.with_children, tenant, staged)
+            program = await services.lowerer.ensure(staged.digest, staged.paths)
             version = await asyncio.to_thread(services.store.commit, tenant, name, staged, program.facts)
         result = "published"
         services.metrics.upload_bytes.inc(version.nbytes)

@@ -18,13 +18,30 @@ from server.adapters.faults import LoweringError
 from server.adapters.lowerer import LoweredProgram, LowererClient
 from server.api.selection import Selection
 from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable
-from server.engine.types import BASE, EngineInfo, FinishReason, ProgramRef, Request, RequestOutput, SamplingParams, TokenLogprob
+from server.engine.types import (
+    BASE,
+    EngineInfo,
+    FinishReason,
+    ProgramRef,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Task,
+    TaskResult,
+    TokenLogprob,
+)
 from server.errors import ApiError, from_engine, from_lowering_error, from_store_error
 from server.metrics import Metrics
 from server.tokenizer import Detokenizer, StopText, Tokenizer, TokenizerError
 
 LONG_TEXT = 20_000
 """Characters from which tokenising leaves the event loop."""
+
+_NOT_SERVED = {
+    Task.GENERATE: "the base model is an encoder, which generates no text; it serves /v1/classify and /v1/embeddings",
+    Task.CLASSIFY: "this base model does not serve classifiers",
+    Task.EMBED: "the base model's own pooling (modules.json) is not served, so that it has no embeddings here",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +125,10 @@ class Generation:
             raise ApiError("engine_unavailable", "the engine has not started yet")
         return self._engine.info
 
-    async def resolve(self, tenant: str, wanted: Selection) -> tuple[ProgramRef, tuple[str, ...]]:
+    async def resolve(self, tenant: str, wanted: Selection, task: Task = Task.GENERATE) -> tuple[ProgramRef, tuple[str, ...]]:
         """The program of what is asked for, made again if its file is gone, and the digests of its adapters; the base has none."""
+        if task not in self.info.tasks:
+            raise ApiError("task_not_served", _NOT_SERVED[task])
         is_base = wanted.name is None or wanted.name in self._base_names
         if wanted.adapters and not is_base:
             message = (
@@ -136,7 +155,7 @@ class Generation:
         for name, weight in named:
             version = await asyncio.to_thread(self._store.resolve, tenant, name)
             files = await asyncio.to_thread(self._store.files, version)
-            program = await self._lowerer.ensure(version.digest, files["config"], files["weights"])
+            program = await self._lowerer.ensure(version.digest, files)
             parts.append((version.digest, weight))
         digests = tuple(digest for digest, _ in parts)
         if len(set(digests)) < len(digests):
@@ -158,12 +177,21 @@ class Generation:
         except TokenizerError as error:
             raise ApiError("invalid_request", str(error), param="messages") from error
 
+    async def classifiers(self, tenant: str) -> list[str]:
+        """Names of the tenant's adapters that have a classifier, as far as one page of them goes."""
+        records = await asyncio.to_thread(self._store.records, tenant, 1000, "")
+        return [record.name for record in records if record.latest.facts.get("labels")][:20]
+
     def check_prompt(self, token_ids: Sequence[int], max_tokens: int | None, param: str, program: ProgramRef) -> int:
         """How many tokens may be generated after this prompt: ``max_tokens``, or all that fit. Raises ApiError."""
+        room = self.check_tokens(token_ids, 1 if max_tokens is None else max_tokens, param, program)
+        return room if max_tokens is None else max_tokens
+
+    def check_tokens(self, token_ids: Sequence[int], wanted: int, param: str, program: ProgramRef) -> int:
+        """How many tokens fit behind these, at least the ``wanted`` ones. Raises ApiError."""
         limit = self.info.max_model_len - program.num_virtual
         if not token_ids:
             raise ApiError("empty_prompt", "the prompt has no tokens; send some text", param=param)
-        wanted = 1 if max_tokens is None else max_tokens
         if len(token_ids) + wanted > limit:
             taken = f" (the adapter's {program.num_virtual} virtual tokens take the rest)" if program.num_virtual else ""
             raise ApiError(
@@ -176,7 +204,7 @@ class Generation:
             raise ApiError(
                 "invalid_token_id", f"token id {outside} is outside the vocabulary of {self.info.vocab_size}", param=param
             )
-        return limit - len(token_ids) if max_tokens is None else max_tokens
+        return limit - len(token_ids)
 
     async def stream(self, call: Call) -> AsyncIterator[Delta]:
         """Run a call. The last delta has the finish reason. Raises ApiError, before the first delta or in the middle."""
@@ -202,6 +230,24 @@ class Generation:
             refusal = from_engine(error)
             self._metrics.rejections.labels(refusal.row.code).inc()
             raise refusal from error
+
+    async def answer(self, tenant: str, token_ids: tuple[int, ...], program: ProgramRef, task: Task) -> TaskResult:
+        """Run a sequence that makes no token. Raises ApiError."""
+        request = Request(secrets.token_hex(16), token_ids, SamplingParams(), program, tenant, task)
+        self._metrics.tokens.labels(self._metrics.tenant(tenant), "input").inc(len(token_ids))
+        try:
+            with self._lowerer.using(program.program_id):
+                async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
+                    async for output in outputs:
+                        if output.error is not None:
+                            raise from_engine(output.error)
+                        if output.result is not None:
+                            return output.result
+        except (EngineOverloaded, EngineUnavailable) as error:
+            refusal = from_engine(error)
+            self._metrics.rejections.labels(refusal.row.code).inc()
+            raise refusal from error
+        raise ApiError("internal_error", "the request ended without a result")
 
     async def complete(self, call: Call) -> Completion:
         """Run a call to its end."""

@@ -28,11 +28,11 @@ AdapterReference = Annotated[str, StringConstraints(min_length=1, max_length=160
 AdapterDrop = Annotated[int, Field(ge=0, lt=1 << 20)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class WeightedAdapter(_Strict):
+class WeightedAdapter(Strict):
     """One of several adapters of a request. What it changes counts ``weight`` times."""
 
     adapter: AdapterReference
@@ -42,11 +42,11 @@ class WeightedAdapter(_Strict):
 WeightedAdapters = Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS)]
 
 
-def _selection(name: str | None, adapters: list[WeightedAdapter] | None, drop: int) -> Selection:
+def selection_of(name: str | None, adapters: list[WeightedAdapter] | None, drop: int) -> Selection:
     return Selection(name, tuple((item.adapter, item.weight) for item in adapters or ()), drop)
 
 
-class GenerateParameters(_Strict):
+class GenerateParameters(Strict):
     """Parameters of text-generation-inference and LoRAX. Those that are not served must keep their neutral value."""
 
     adapter_id: AdapterReference | None = None
@@ -84,7 +84,7 @@ class GenerateParameters(_Strict):
 
     @property
     def selection(self) -> Selection:
-        return _selection(self.adapter_id, self.adapters, self.adapter_drop)
+        return selection_of(self.adapter_id, self.adapters, self.adapter_drop)
 
     @model_validator(mode="after")
     def _check_adapters(self) -> GenerateParameters:
@@ -115,7 +115,7 @@ class GenerateParameters(_Strict):
         )
 
 
-class GenerateRequest(_Strict):
+class GenerateRequest(Strict):
     """``POST /generate`` and ``/generate_stream``."""
 
     inputs: Prompt
@@ -123,12 +123,12 @@ class GenerateRequest(_Strict):
     stream: bool = False
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
-class _OpenAIRequest(_Strict):
+class _OpenAIRequest(Strict):
     """What chat and completions share. Fields that only annotate a request are accepted; those that would change the output are refused."""
 
     model: AdapterReference = "base"
@@ -161,7 +161,7 @@ class _OpenAIRequest(_Strict):
 
     @property
     def selection(self) -> Selection:
-        return _selection(self.model, self.adapters, self.adapter_drop)
+        return selection_of(self.model, self.adapters, self.adapter_drop)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -217,12 +217,12 @@ class CompletionRequest(_OpenAIRequest):
         return self._params(max_tokens, index, self.logprobs, self.logprobs if self.echo else None)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: Prompt
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """A message of text. Images, audio and tool calls are not served."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -239,7 +239,7 @@ class ChatMessage(_Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     type: Literal["text"]
 
 

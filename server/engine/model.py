@@ -8,17 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from server.adapters.base_spec import BaseSpec, describe
-from server.engine import attention
+from server.adapters.families import FAMILIES
+from server.engine import attention, encoder_attention
+from server.engine.sentence import embedding_pooling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The frozen base. ``final_softcap`` is what the family does to logits after its head (Gemma 2)."""
+    """The frozen base: a causal language model, or an encoder's backbone, which has no head.
+
+    ``final_softcap`` is what the family does to logits after its head (Gemma 2). ``embedding`` is how a text's vector is pooled ("": not
+    served).
+    """
 
     model: nn.Module
     spec: BaseSpec
@@ -28,6 +34,7 @@ class BaseModel:
     max_positions: int
     eos_token_ids: tuple[int, ...]
     final_softcap: float | None
+    embedding: str
 
     @property
     def backbone(self) -> nn.Module:
@@ -45,28 +52,46 @@ class BaseModel:
 
 
 def load_base(directory: Path, digest: str, dtype: str, device: str) -> BaseModel:
-    """Load a prepared base directory (see base_dir) for inference."""
+    """Load a prepared base directory (see base_dir) for inference. Raises ValueError when the directory lacks weights."""
     # The implementation name sits on the config, which is ours alone: nothing else in the process may share it.
     config: Any = AutoConfig.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=DTYPES[dtype], attn_implementation=attention.NAME
+    names = FAMILIES[config.model_type]
+    kind, implementation = (AutoModel, encoder_attention.NAME) if names.is_encoder else (AutoModelForCausalLM, attention.NAME)
+    arguments = names.backbone_arguments if names.is_encoder else {}
+    loaded: Any = kind.from_pretrained(
+        directory,
+        config=config,
+        dtype=DTYPES[dtype],
+        attn_implementation=implementation,
+        output_loading_info=True,
+        **arguments,
     )
-    model.requires_grad_(False).eval().to(device)  # type: ignore[no-untyped-call]
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(f"{directory} lacks weights of its model: {sorted(report['missing_keys'])[:3]}")
+    model.requires_grad_(False).eval().to(device)
+    spec = describe(model, digest, dtype)
     return BaseModel(
         model=model,
-        spec=describe(model, digest, dtype),
-        num_layers=int(config.num_hidden_layers),
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        max_positions=int(config.max_position_embeddings),
-        eos_token_ids=_eos(model.generation_config, config),
+        spec=spec,
+        num_layers=spec.num_layers,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_positions=spec.max_positions,
+        eos_token_ids=_eos(getattr(model, "generation_config", None), config),
         final_softcap=getattr(config, "final_logit_softcapping", None),
+        embedding=embedding_pooling(directory, "mean" if names.is_encoder else "last"),
     )
+
+
+def is_encoder(directory: Path) -> bool:
+    """Whether a prepared base directory holds an encoder."""
+    return FAMILIES[AutoConfig.from_pretrained(directory).model_type].is_encoder
 
 
 def _eos(generation_config: Any, config: Any) -> tuple[int, ...]:
     found = getattr(generation_config, "eos_token_id", None)
-    found = config.eos_token_id if found is None else found
+    found = getattr(config, "eos_token_id", None) if found is None else found
     if found is None:
         return ()
     return tuple(found) if isinstance(found, list | tuple) else (int(found),)

@@ -9,11 +9,14 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import zmq
 
+from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
+from server.engine.model import is_encoder
 from server.engine.wire import Abort, Add, Drop, Fatal, FromEngine, Ready, Start, Step, ToEngine
 
 STATS_INTERVAL_S = 0.25
@@ -65,7 +68,8 @@ def main() -> None:
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     channel = _Channel(start.address)
     try:
-        engine = Engine(start.settings, wake=channel.wake)
+        kind = EncoderEngine if is_encoder(Path(start.settings.model_dir)) else Engine
+        engine = kind(start.settings, wake=channel.wake)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         log.exception("the engine cannot start")
         channel.send(Fatal(f"{type(error).__name__}: {error}"))
@@ -78,7 +82,7 @@ def main() -> None:
         engine.close()
 
 
-def _serve(engine: Engine, channel: _Channel) -> None:
+def _serve(engine: Engine | EncoderEngine, channel: _Channel) -> None:
     stats_due = 0.0
     while True:
         commands = channel.receive(0 if engine.has_runnable else int(STATS_INTERVAL_S * 1000))

@@ -54,6 +54,9 @@ class Programs:
             self._load(sequence)
             return False
         sequence.start_at(at_hand.invocation_tokens)
+        # A program that does not act on this prompt does not classify it either.
+        if at_hand.head is not None and not sequence.program.is_base:
+            sequence.head_pooling = at_hand.head.pooling
         prologue = at_hand.prologue
         sequence.start_with(prologue.num_kv, prologue.num_tokens, prologue.position_shift)
         return True

@@ -17,15 +17,17 @@ from server.engine.attention import AttentionState
 from server.engine.batch import Batch
 from server.engine.kv_cache import KVCache
 from server.engine.model import BaseModel
+from server.engine.pooling import Pooled, pool
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """``logits (S, vocab)`` in fp32 (fp64 on an fp64 base) for the batch's sampled rows, and for each item whether all that it computed
-    is finite."""
+    """``logits (S, vocab)`` in fp32 (fp64 on an fp64 base) for the batch's sampled rows. For each item: whether all that it computed
+    is finite, and what its hidden states have come to, where they are pooled instead of sampled."""
 
     logits: Tensor
     finite: tuple[bool, ...]
+    pooled: tuple[Pooled | None, ...]
 
 
 class Runner:
@@ -58,7 +60,7 @@ class Runner:
             ).last_hidden_state[0]
             logits = self._base.finish_logits(self._base.head(hidden.index_select(0, batch.sample_rows)))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return StepResult(logits, _finite_items(batch, hidden, logits))
+        return StepResult(logits, _finite_items(batch, hidden, logits), tuple(_pool_items(batch, hidden)))
 
     @contextmanager
     def _bound(self, batch: Batch) -> Iterator[None]:
@@ -83,6 +85,17 @@ class Runner:
             tokens = resident.extras["prologue.tokens"][rows.offset : rows.offset + rows.end - rows.start]
             found.setdefault(resident.prologue.tokens_site, []).append((rows.start, rows.end, tokens))
         return found
+
+
+def _pool_items(batch: Batch, hidden: Tensor) -> Iterator[Pooled | None]:
+    """Virtual tokens count as rows, except where every token's own row is wanted."""
+    row = 0
+    for item in batch.items:
+        sequence, end = item.sequence, row + item.count
+        skipped = max(0, sequence.num_prologue - item.start) if sequence.pooling == "none" else 0
+        rows = hidden[row + skipped : end]
+        yield pool(sequence.pooling, rows, sequence.pooled) if sequence.pooling and len(rows) else sequence.pooled
+        row = end
 
 
 def _finite_items(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[bool, ...]:

@@ -28,9 +28,14 @@ class Scheduled:
     count: int
 
     @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's end, and so makes a token."""
+    def completes(self) -> bool:
+        """Whether the step reaches the sequence's end."""
         return self.start + self.count == self.sequence.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step makes a token."""
+        return self.completes and self.sequence.generates
 
     def copied(self, block_size: int) -> range:
         """kv indices whose K/V is to be copied from the program before this step: those of its prefix that no shared block holds.
@@ -186,9 +191,7 @@ class Scheduler:
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         hashes = sequence.full_block_hashes(self.blocks.block_size)
-        # At least one token must be computed: its hidden state makes the next token. With log-probabilities, every real one.
-        shareable = sequence.num_prologue if sequence.wants_prompt_logprobs else sequence.num_tokens - 1
-        return self.blocks.match(hashes[: shareable // self.blocks.block_size])
+        return self.blocks.match(hashes[: sequence.num_shareable // self.blocks.block_size])
 
     def _charge(self, item: Scheduled) -> None:
         """Recomputed tokens are free: preemption is the engine's choice, not the tenant's."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from server.engine.block_manager import chain_hash, root_hash, switch_hash
-from server.engine.types import ProgramRef, Request, TokenLogprob
+from server.engine.types import ProgramRef, Request, Task, TokenLogprob
 
 PSEUDO_TOKEN = 0
 """Stands for every pseudo-token in hashes and inputs: what it is follows from the program, which is in the root of the hashes."""
@@ -31,7 +32,8 @@ class Sequence:
 
     ``token_ids`` are the real tokens. ``active_from`` is the kv index from which the program acts: 0 for most programs. Its K/V before
     that index is the base's. The first ``num_prologue_kv`` of the ``num_prologue`` pseudo-tokens are never computed: their K/V is the
-    program's own. ``slot`` is the bank slot while running, 0 for the base.
+    program's own. ``slot`` is the bank slot while running, 0 for the base. ``head_pooling`` is how the program's classifier reads hidden
+    states ("" without one), ``pooling`` how this sequence's are read, and ``pooled`` what they have come to so far: the runner's value.
     """
 
     __slots__ = (
@@ -39,12 +41,15 @@ class Sequence:
         "block_table",
         "charged",
         "hashes",
+        "head_pooling",
         "num_cached",
         "num_computed",
         "num_prologue",
         "num_prologue_kv",
         "num_registered",
         "order",
+        "pooled",
+        "pooling",
         "position_shift",
         "program",
         "prompt_logprobs",
@@ -74,6 +79,9 @@ class Sequence:
         self.state = SequenceState.WAITING if request.program.is_base else SequenceState.WAITING_FOR_ADAPTER
         self.random = random.Random(request.params.seed)  # noqa: S311 - sampling, not cryptography
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.head_pooling = ""
+        self.pooling = ""
+        self.pooled: Any = None
 
     @property
     def tenant(self) -> str:
@@ -100,7 +108,22 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return self.request.params.prompt_logprobs is not None
+        return self.generates and self.request.params.prompt_logprobs is not None
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are made; otherwise the sequence ends with its prompt."""
+        return self.request.task is Task.GENERATE
+
+    @property
+    def num_shareable(self) -> int:
+        """How many kv indices may come from the prefix cache. What is asked for decides which hidden states must be computed."""
+        if self.wants_prompt_logprobs or self.pooling == "none":
+            return self.num_prologue
+        if self.pooling in ("first", "mean"):
+            return self.num_prologue_kv
+        # The last token's hidden state makes the next token, or the answer.
+        return self.num_tokens - 1
 
     def start_at(self, invocation_tokens: tuple[int, ...]) -> None:
         """Fix where the program starts to act, from the prompt alone, so that preemption cannot move it.
@@ -166,3 +189,4 @@ class Sequence:
         self.num_registered = 0
         self.slot = 0
         self.prompt_logprobs = []
+        self.pooled = None

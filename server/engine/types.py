@@ -16,6 +16,14 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class Task(enum.StrEnum):
+    """What a request asks for: new tokens, the adapter's classifier, or the text's vector. The last two make no token."""
+
+    GENERATE = "generate"
+    CLASSIFY = "classify"
+    EMBED = "embed"
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens. Values are validated at the edge; see docs/API.md for their ranges.
@@ -64,13 +72,14 @@ BASE = ProgramRef()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate. ``tenant`` owns the fairness counter and salts the prefix cache."""
+    """One sequence to compute. ``tenant`` owns the fairness counter and salts the prefix cache. ``params`` count when generating only."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     program: ProgramRef = BASE
     tenant: str = ""
+    task: Task = Task.GENERATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +100,25 @@ class RequestError:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskResult:
+    """What a request that makes no token gives: a vector of unit length (embed), or a logit a label (classify).
+
+    ``rows`` has one row, or with ``per_token`` one for each token of the prompt. ``multi_label``: labels do not exclude each other.
+    """
+
+    rows: tuple[tuple[float, ...], ...]
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    per_token: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What one step made for one request. ``finish_reason`` is set exactly once, on the last output.
 
     ``logprobs`` is parallel to ``token_ids`` when asked for. ``prompt_logprobs`` comes once, with the first token: None for
     the first prompt token. ``stop_token_id`` is the end token that was hit; it is not in ``token_ids``, nor ``stop_logprob`` in
-    ``logprobs``.
+    ``logprobs``. ``result`` comes with the end of a request that makes no token.
     """
 
     request_id: str
@@ -108,6 +130,7 @@ class RequestOutput:
     stop_token_id: int | None = None
     stop_logprob: TokenLogprob | None = None
     error: RequestError | None = None
+    result: TaskResult | None = None
 
 
 class ProgramState(enum.StrEnum):
@@ -156,7 +179,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine tells once when it is ready. ``base_spec`` is BaseSpec.to_json()."""
+    """What the engine tells once when it is ready. ``base_spec`` is BaseSpec.to_json(); ``block_size`` 0: there is no K/V."""
 
     model_name: str
     base_digest: str
@@ -167,3 +190,5 @@ class EngineInfo:
     block_size: int
     num_blocks: int
     base_spec: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[Task, ...] = (Task.GENERATE, Task.CLASSIFY, Task.EMBED)
+    """What this base can be asked for; an encoder generates nothing."""

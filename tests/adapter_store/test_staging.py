@@ -262,3 +262,56 @@ def test_mutated_uploads_are_refused_or_whole(data: st.DataObject, tmp_path: Pat
         staging, staged = stage(tmp_path, {**good(), name: bytes(content)})
         assert staged.digest.startswith("sha256:")
         staging.discard()
+
+
+def _hub(**more: bytes) -> dict[str, bytes]:
+    """An AdapterHub directory; keyword ``head_config_json`` is the file head_config.json."""
+    names = {name: name.replace("_json", ".json").replace("_safetensors", ".safetensors") for name in more}
+    files = {"adapter_config.json": b'{"config": {}, "name": "x"}', "adapter.safetensors": weights()}
+    return files | {names[name]: content for name, content in more.items()}
+
+
+def test_adapterhub_files_have_their_roles_however_they_are_packed(tmp_path: Path) -> None:
+    files = _hub(head_config_json=b'{"config": null}', model_head_safetensors=weights(1), labels_json=b'["no", "yes"]')
+    _, staged = stage(tmp_path, files)
+    assert set(staged.paths) == {"config", "weights", "head_config", "head_weights", "labels"}
+    assert stage(tmp_path, {"x.zip": zipped(files)})[1].digest == staged.digest
+    assert stage(tmp_path, {**files, "labels.json": b'["no", "YES"]'})[1].digest != staged.digest
+
+
+def test_a_fusion_names_its_children(tmp_path: Path) -> None:
+    files = {"adapter_fusion_config.json": b'{"config": {}, "name": "a,b"}', "model_adapter_fusion.safetensors": weights()}
+    assert stage(tmp_path, files)[1].children == ("a", "b")
+    assert stage(tmp_path, _hub())[1].children == ()
+    for name in (b'""', b"3", b'"a,a"', b'"' + b",".join(b"n%d" % index for index in range(99)) + b'"'):
+        with pytest.raises(AdapterRejected) as caught:
+            stage(tmp_path, {**files, "adapter_fusion_config.json": b'{"config": {}, "name": ' + name + b"}"})
+        assert [fault.where for fault in caught.value.faults] == ["adapter_fusion_config.json: name"]
+
+
+NAN = save({"a": np.array([np.nan], dtype="f4")})
+
+
+@pytest.mark.parametrize(
+    ("files", "code", "where"),
+    [
+        ({**_hub(), "adapter_model.safetensors": weights()}, "duplicate_file", "adapter_model.safetensors"),
+        ({**_hub(), "adapter_fusion_config.json": b"{}"}, "duplicate_file", "adapter_fusion_config.json"),
+        ({"x.zip": zipped({**_hub(), "adapter_model.safetensors": weights()})}, "duplicate_file", "adapter_model.safetensors"),
+        (_hub(head_config_json=b"{}"), "missing_file", "model_head.safetensors"),
+        (_hub(model_head_safetensors=weights()), "missing_file", "head_config.json"),
+        (_hub(head_config_json=b"{", model_head_safetensors=weights()), "invalid_config", "head_config.json"),
+        (_hub(head_config_json=b'{"a": NaN}', model_head_safetensors=weights()), "invalid_config", "head_config.json"),
+        (_hub(head_config_json=b"[" * 99, model_head_safetensors=weights()), "invalid_config", "head_config.json"),
+        (_hub(head_config_json=b"{}", model_head_safetensors=b"\x80\x04."), "corrupt_safetensors", "model_head.safetensors"),
+        (_hub(head_config_json=b"{}", model_head_safetensors=NAN), "non_finite_tensor", "a"),
+        (_hub(labels_json=b'{"0": "no"}'), "invalid_config", "labels.json"),
+        (_hub(labels_json=b'["no", 1]'), "invalid_config", "labels.json"),
+        (_hub(labels_json=b'["no", "no"]'), "invalid_config", "labels.json"),
+        (_hub(labels_json=b'["' + b"x" * 300 + b'"]'), "invalid_config", "labels.json"),
+    ],
+)
+def test_every_file_is_read_as_strictly_as_the_first(files: dict[str, bytes], code: str, where: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterRejected) as caught:
+        stage(tmp_path, files)
+    assert [(fault.code, fault.where) for fault in caught.value.faults] == [(code, where)]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from adapter_store.blobs import LocalBlobs
-from adapter_store.errors import AdapterNotFound, BlobCorrupt, InvalidName, StoreError
+from adapter_store.errors import AdapterNotFound, AdapterRejected, BlobCorrupt, InvalidName, StoreError
 from adapter_store.store import AdapterVersion, Store
-from tests.adapter_store.uploads import good
+from tests.adapter_store.uploads import good, weights
 
 
 @pytest.fixture
@@ -140,3 +140,46 @@ def test_blobs_are_whole_or_absent(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob(".*")] == []
     with pytest.raises(StoreError):
         blobs.path("../../etc/passwd")
+
+
+def push_fusion(store: Store, tenant: str, name: str, children: str) -> AdapterVersion:
+    files = {
+        "adapter_fusion_config.json": f'{{"name": "{children}"}}'.encode(),
+        "model_adapter_fusion.safetensors": weights(9),
+    }
+    with store.begin_upload() as staging:
+        for filename, content in files.items():
+            with staging.open(filename) as writer:
+                writer.write(content)
+        return store.commit(tenant, name, store.with_children(tenant, staging.finish()), {})
+
+
+def test_a_fusion_holds_its_children(store: Store) -> None:
+    child = push(store, "acme", "a", 1)
+    push(store, "acme", "b", 2)
+    fusion = push_fusion(store, "acme", "both", "a,b")
+    assert fusion.blobs["child/a/weights"] == child.blobs["weights"]
+    assert set(fusion.blobs) == {
+        "config",
+        "weights",
+        *(f"child/{name}/{role}" for name in "ab" for role in ("config", "weights")),
+    }
+    store.delete("acme", "a")
+    store.delete("acme", "b")
+    store.sweep()
+    assert all(path.is_file() for path in store.files(fusion).values())
+    push(store, "acme", "a", 3)
+    push(store, "acme", "b", 2)
+    assert push_fusion(store, "acme", "both", "a,b").digest != fusion.digest
+
+
+def test_a_fusion_finds_children_of_its_own_tenant_only(store: Store) -> None:
+    push(store, "acme", "a", 1)
+    push(store, "other", "b", 2)
+    with pytest.raises(AdapterRejected) as caught:
+        push_fusion(store, "acme", "both", "a,b,../c,base")
+    assert [(fault.code, fault.found) for fault in caught.value.faults] == [
+        ("missing_child", "b"),
+        ("missing_child", "../c"),
+        ("missing_child", "base"),
+    ]

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from medley_client import ApiError, AsyncMedley, CannotConnect, Medley, MedleyError
 from medley_client.cli import main
 from medley_client.convert import convert
+from medley_client.upload import find_files
 from tests.conftest import TinyModels
 from tests.live import Live, live_server
 from tests.parity.variants import VARIANTS, make_adapter
@@ -189,6 +190,8 @@ def test_usage_and_help() -> None:
     [
         ([], "no adapter_config.json and no adapter_model.safetensors"),
         (["adapter_config.json", "adapter_model.bin"], "medley convert"),
+        (["adapter_config.json", "pytorch_adapter.bin"], "pytorch_adapter.bin.*medley convert"),
+        (["adapter_config.json", "adapter.safetensors", "head_config.json", "pytorch_model_head.bin"], "medley convert"),
     ],
 )
 def test_incomplete_directories_are_explained_before_anything_is_sent(files: list[str], message: str, tmp_path: Path) -> None:
@@ -247,6 +250,30 @@ def test_convert(tmp_path: Path) -> None:
     loaded = load_file(written[0])
     assert torch.equal(loaded["a"], loaded["b"])
     assert torch.equal(loaded["c"], shared[:2].T)
+
+
+def test_convert_gives_adapterhub_tensors_one_name(tmp_path: Path) -> None:
+    shared = torch.randn(3, 4)
+    torch.save(
+        {"layers.0.pool.x": shared, "pool.x": shared, "y": shared[:1], "z": shared.clone()}, tmp_path / "pytorch_adapter.bin"
+    )
+    written = convert(tmp_path)
+    assert written == [tmp_path / "adapter.safetensors"]
+    assert set(load_file(written[0])) == {"pool.x", "y", "z"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["adapter_config.json", "adapter_model.safetensors", "labels.json"],
+        ["adapter_config.json", "adapter.safetensors", "head_config.json", "model_head.safetensors"],
+        ["adapter_fusion_config.json", "model_adapter_fusion.safetensors"],
+    ],
+)
+def test_what_is_sent_of_a_directory(files: list[str], tmp_path: Path) -> None:
+    for file in (*files, "tokenizer.json", "pytorch_adapter.bin"):
+        (tmp_path / file).write_bytes(b"{}")
+    assert [path.name for path in find_files(tmp_path)] == files
 
 
 def test_convert_runs_no_code(tmp_path: Path) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from medley_client.errors import MedleyError
 
+HEAD_PICKLE = "pytorch_model_head.bin"
 NAMES = {
     "adapter_model.bin": "adapter_model.safetensors",
     "pytorch_adapter.bin": "adapter.safetensors",
-    "pytorch_model_head.bin": "model_head.safetensors",
+    HEAD_PICKLE: "model_head.safetensors",
     "pytorch_model_adapter_fusion.bin": "model_adapter_fusion.safetensors",
 }
+# Elsewhere a tensor that is stored under two names belongs to both, as in tied embeddings.
+_ALIASED = frozenset({"pytorch_adapter.bin", HEAD_PICKLE, "pytorch_model_adapter_fusion.bin"})
 
 
 def convert(source: Path, out: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> list[Path]:
@@ -48,5 +52,19 @@ def _convert_file(file: Path, target: Path) -> None:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise MedleyError(f"{file} is not a mapping of names to tensors")
+    if file.name in _ALIASED:
+        state = _without_aliases(state)
     # safetensors refuses tensors that share memory; clones hold the same values.
     save_file({str(name): tensor.detach().clone().contiguous() for name, tensor in state.items()}, target)
+
+
+def _without_aliases(state: dict[str, Any]) -> dict[str, Any]:
+    """One name for every tensor, the shortest. AdapterHub registers some modules twice, and a prefix once more in every layer."""
+    kept: dict[tuple[Any, ...], str] = {}
+    for name in sorted(state, key=lambda key: (len(key), key)):
+        tensor = state[name]
+        kept.setdefault(
+            (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()), name
+        )
+    names = set(kept.values())
+    return {name: tensor for name, tensor in state.items() if name in names}

@@ -8,12 +8,19 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from medley_client.convert import HEAD_PICKLE, NAMES
 from medley_client.errors import MedleyError
 
 Progress = Callable[[int, int], None]
 """Called with (bytes sent, bytes in all)."""
 
-_CONFIG, _WEIGHTS = _FILES = ("adapter_config.json", "adapter_model.safetensors")
+_SETS = (
+    ("adapter_config.json", "adapter_model.safetensors"),
+    # AdapterHub's names, and its fusions.
+    ("adapter_config.json", "adapter.safetensors"),
+    ("adapter_fusion_config.json", "model_adapter_fusion.safetensors"),
+)
+_MORE = ("head_config.json", "model_head.safetensors", "labels.json")
 _MODEL_CONFIG, _MODEL_WEIGHTS = "config.json", "model.safetensors"
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 _CHUNK = 256 << 10
@@ -86,7 +93,7 @@ def find_files(source: Path, *, rank: int | None = None, exact: bool = False) ->
     A fine-tuned model (``config.json``, ``model.safetensors``, no adapter) is sent with a config that says what becomes of it: compressed
     to ``rank``, or every difference to the base ``exact`` as it is.
     """
-    is_model = (source / _MODEL_CONFIG).is_file() and not (source / _CONFIG).exists()
+    is_model = (source / _MODEL_CONFIG).is_file() and not (source / _SETS[0][0]).exists()
     if is_model:
         return _find_model(source, rank, exact)
     if rank is not None or exact:
@@ -97,12 +104,16 @@ def find_files(source: Path, *, rank: int | None = None, exact: bool = False) ->
         return [File(source.name, source)]
     if not source.is_dir():
         raise MedleyError(f"{source} does not exist")
-    missing = [name for name in _FILES if not (source / name).is_file()]
-    if missing:
-        pickled = (source / "adapter_model.bin").is_file() and _WEIGHTS in missing
-        hint = f"; turn its adapter_model.bin into safetensors first: medley convert {source}" if pickled else ""
+    complete = [names for names in _SETS if all((source / name).is_file() for name in names)]
+    pickles = [name for name, converted in NAMES.items() if (source / name).is_file() and not (source / converted).is_file()]
+    if not complete:
+        missing = [name for name in _SETS[0] if not (source / name).is_file()]
+        hint = f"; turn its {pickles[0]} into safetensors first: medley convert {source}" if pickles else ""
         raise MedleyError(f"{source} has no {' and no '.join(missing)}{hint}")
-    return [File(name, source / name) for name in _FILES]
+    names = [name for name in (*complete[0], *_MORE) if (source / name).is_file()]
+    if "head_config.json" in names and HEAD_PICKLE in pickles:
+        raise MedleyError(f"{source} has its head in {HEAD_PICKLE} only; turn it into safetensors first: medley convert {source}")
+    return [File(name, source / name) for name in names]
 
 
 def _find_model(source: Path, rank: int | None, exact: bool) -> list[File]:
@@ -120,4 +131,4 @@ def _find_model(source: Path, rank: int | None, exact: bool) -> list[File]:
             "reported), or with --exact (every difference as it is, large)"
         )
     config = {"medley_type": "FINE_TUNE", "rank": rank}
-    return [File(_CONFIG, json.dumps(config).encode()), File(_WEIGHTS, source / _MODEL_WEIGHTS)]
+    return [File(_SETS[0][0], json.dumps(config).encode()), File(_SETS[0][1], source / _MODEL_WEIGHTS)]

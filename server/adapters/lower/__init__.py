@@ -21,6 +21,7 @@ from server.adapters.lower.base import Base
 from server.adapters.lower.checkpoint import Checkpoint
 from server.adapters.lower.method import Method
 from server.adapters.lower.source import Source
+from server.adapters.lower.task_head import lower_task_head
 
 MAX_PROGRAM_BYTES = 1 << 30
 
@@ -50,10 +51,12 @@ def methods() -> Mapping[tuple[str, str], Method]:
 def lower(checkpoint: Checkpoint, base: Base, *, max_bytes: int = MAX_PROGRAM_BYTES) -> Program:
     """Lower a checkpoint onto the base. Raises LoweringError with every fault found."""
     method = method_of(checkpoint)
-    source = Source(checkpoint, base.spec, max_bytes // base.dtype.itemsize)
+    source = Source(checkpoint, base.spec, method.file, max_bytes // base.dtype.itemsize)
     source.check_fields(method.fields)
     source.stop_if_faulty()
     program = method.lower(source, base)
+    if method.library == "peft":
+        lower_task_head(source, base, program)
     source.check_all_used()
     source.stop_if_faulty()
     program = cast(program, base)
@@ -84,13 +87,13 @@ _NAME_FIELDS = {"peft": "peft_type", "medley": "medley_type", "adapters": "confi
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    """The method's name in its library; AdapterHub leaves out the architecture of bottlenecks."""
+    """The method's name in its library; AdapterHub leaves out the architecture of bottlenecks and of fusions, which have fields of their own."""
     if checkpoint.library != "adapters":
         name = checkpoint.config.get(_NAME_FIELDS.get(checkpoint.library, ""))
         return name if isinstance(name, str) else ""
     inner = checkpoint.config.get("config")
-    architecture = inner.get("architecture") if isinstance(inner, dict) else None
-    return str(architecture or "bottleneck")
+    inner = inner if isinstance(inner, dict) else {}
+    return str(inner.get("architecture") or ("fusion" if "query_before_ln" in inner else "bottleneck"))
 
 
 def cast(program: Program, base: Base) -> Program:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -29,3 +32,23 @@ class Checkpoint:
             return "medley"
         is_adapterhub = str(self.config.get("version", "")).startswith("adapters.") or isinstance(self.config.get("config"), dict)
         return "adapters" if is_adapterhub else ""
+
+
+def read_checkpoint(files: Mapping[str, Path]) -> Checkpoint:
+    """A checkpoint from its files by role: ``config`` and ``weights``, and where there are any ``head_config`` and ``head_weights``,
+    ``labels``, and for every child of a fusion ``child/<name>/config`` and ``child/<name>/weights``."""
+    names = sorted({role.split("/")[1] for role in files if role.startswith("child/")})
+    return Checkpoint(
+        config=_read_json(files["config"]),
+        tensors=load_file(files["weights"]),
+        head=Checkpoint(_read_json(files["head_config"]), load_file(files["head_weights"])) if "head_config" in files else None,
+        children={
+            name: Checkpoint(_read_json(files[f"child/{name}/config"]), load_file(files[f"child/{name}/weights"]))
+            for name in names
+        },
+        labels=tuple(_read_json(files["labels"])) if "labels" in files else (),
+    )
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ class Method:
     """A method by its name in checkpoints, what it reduces to (for docs/PEFT.md), the rules of its config fields and its lowering.
 
     ``library`` is who writes such checkpoints: ``peft`` (the name is ``peft_type``), ``adapters`` (AdapterHub; its architecture) or
-    ``medley`` (``medley_type``: what no library has a format for, see docs/FORMATS.md).
+    ``medley`` (``medley_type``: what no library has a format for, see docs/FORMATS.md). ``file`` is what it calls its config.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Method:
     fields: Mapping[str, Rule]
     lower: Callable[[Source, Base], Program]
     library: str = "peft"
+    file: str = "adapter_config.json"
 
 
 def no_effect(_: Any) -> str | None:

@@ -1,6 +1,6 @@
 """A checkpoint while it is being lowered: which tensor belongs to which site, what was used, and what is wrong so far.
 
-Knows key layouts (formats of PEFT checkpoints), not what any tensor means.
+Knows which site a key belongs to once ``keys`` has read it, not what any tensor means.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from server.adapters.base_spec import BaseSpec
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.lower.checkpoint import Checkpoint
+from server.adapters.lower.keys import key_layout
 
 _LITERAL = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 _MAX_PATTERNS = 4096
@@ -25,17 +26,29 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class Source:
     """Config and tensors, grouped by site. ``take`` marks a tensor as used; what is left over at the end is a fault."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: BaseSpec, max_numbers: int = 1 << 28) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, spec: BaseSpec, file: str = "adapter_config.json", max_numbers: int = 1 << 28
+    ) -> None:
         self._max_numbers = self._left = max_numbers
         self.checkpoint = checkpoint
         self.config = checkpoint.config
+        self.file = file
+        """The name of the config's file, for messages."""
         self._spec = spec
         self._sites = spec.by_name()
+        self._layout = key_layout(checkpoint, spec)
         self._faults: list[Fault] = []
         self._by_site: dict[str, dict[str, tuple[str, Tensor]]] = {}
         self._shared: dict[str, tuple[str, Tensor]] = {}
         for key, tensor in checkpoint.tensors.items():
             self._file(key, tensor)
+
+    def part(self, checkpoint: Checkpoint, file: str) -> Source:
+        """Another checkpoint that belongs to this one (a head, a fusion's child). What is wrong with it is wrong with this one too."""
+        part = Source(checkpoint, self._spec, file)
+        self._faults += part._faults
+        part._faults = self._faults
+        return part
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -89,8 +102,11 @@ class Source:
         self._faults.append(Fault(code, where, message, expected, found))
 
     def field_fault(self, field: str, message: str, expected: str | None = None) -> None:
-        found = repr(self.config.get(field))
-        self.fault("unsupported_field", f"adapter_config.json: {field}", message, expected, found[:120])
+        self._field_fault(self.config, "", field, message, expected)
+
+    def _field_fault(self, values: Mapping[str, Any], prefix: str, field: str, message: str, expected: str | None = None) -> None:
+        where = f"{self.file}: {prefix}{field}"
+        self.fault("unsupported_field", where, message, expected, repr(values.get(field))[:120])
 
     def reserve(self, count: int) -> None:
         """Announce ``count`` numbers of the program that are about to be made: a few stored ones can stand for very many.
@@ -108,17 +124,22 @@ class Source:
         if self._faults:
             raise LoweringError(self._faults[:_MAX_FAULTS])
 
-    def check_fields(self, rules: Mapping[str, Callable[[Any], str | None]]) -> None:
-        """Every field must be known, with an acceptable value. A field that is null or empty, and unknown, says nothing."""
-        for field, value in self.config.items():
+    def check_fields(
+        self, rules: Mapping[str, Callable[[Any], str | None]], values: Mapping[str, Any] | None = None, prefix: str = ""
+    ) -> None:
+        """Every field must be known, with an acceptable value. A field that is null or empty, and unknown, says nothing.
+
+        ``values`` are the fields of an object inside the config, which ``prefix`` leads to; without it the config's own.
+        """
+        values = self.config if values is None else values
+        for field, value in values.items():
             rule = rules.get(field)
             if rule is None:
                 if value not in (None, False, "", [], {}):
-                    self.field_fault(
-                        field[:80], "this field is not known for this method, and ignoring it could change the result"
-                    )
+                    message = "this field is not known for this method, and ignoring it could change the result"
+                    self._field_fault(values, prefix, field[:80], message)
             elif (expected := rule(value)) is not None:
-                self.field_fault(field, "this value is not supported", expected)
+                self._field_fault(values, prefix, field, "this value is not supported", expected)
 
     def check_all_used(self) -> None:
         """A tensor that nothing used would be silently ignored: refuse it."""
@@ -162,24 +183,19 @@ class Source:
             self.fault("unsupported_field", where, message)
 
     def _file(self, key: str, tensor: Tensor) -> None:
-        path = (
-            key.removeprefix("base_model.").removeprefix("model.")
-            if key.startswith("base_model.model.")
-            else key.removeprefix("base_model.")
-        )
-        # Raw state dicts keep the adapter's name, which saved files leave out.
-        path = path.replace(".default.", ".").removesuffix(".default")
+        path = self._layout.path(key)
         parts = path.split(".")
         for end in range(len(parts) - 1, 0, -1):
             site = self._site(".".join(parts[:end]))
             if site is not None:
-                tails = self._by_site.setdefault(site, {})
-                tail = ".".join(parts[end:])
-                if tail in tails:
-                    self.fault("duplicate_tensor", key[:200], "two tensors stand for the same thing", found=tails[tail][0][:200])
-                tails[tail] = (key, tensor)
+                self._put(self._by_site.setdefault(site, {}), ".".join(parts[end:]), key, tensor)
                 return
-        self._shared[path] = (key, tensor)
+        self._put(self._shared, path, key, tensor)
+
+    def _put(self, place: dict[str, tuple[str, Tensor]], name: str, key: str, tensor: Tensor) -> None:
+        if name in place and not (self._layout.has_aliases and torch.equal(tensor, place[name][1])):
+            self.fault("duplicate_tensor", key[:200], "two tensors stand for the same thing", found=place[name][0][:200])
+        place[name] = (key, tensor)
 
     def _site(self, path: str) -> str | None:
         """A site by its path, also where a headless or a differently wrapped model was trained."""
