@@ -74,7 +74,8 @@ _REFT = {"r": 2, "prefix_positions": 3, "suffix_positions": 0}
 @dataclass(frozen=True)
 class Case:
     """One adapter on some families. ``pickled``: the library cannot write it as safetensors. ``head`` adds a prediction head to an encoder;
-    ``lm_head`` saves a causal model's own head with the adapter, as the library does by default: "same", or "trained"."""
+    ``lm_head`` saves a causal model's own head with the adapter, as the library does by default: "same", or "trained".
+    ``flexible``: an encoder's class is the one with heads. From bare backbones the library does not save what layers share."""
 
     name: str
     families: str
@@ -84,6 +85,7 @@ class Case:
     fusion: str | dict[str, Any] = ""
     head: Callable[[Any], None] | None = None
     lm_head: str = ""
+    flexible: bool = False
     refused: bool = False
     scale: float = 0.2
 
@@ -94,6 +96,14 @@ class Case:
 
 def _classifier(model: Any) -> None:
     model.add_classification_head(NAME, num_labels=3, id2label={0: "no", 1: "maybe", 2: "yes"})
+
+
+def _pooled_classifier(model: Any) -> None:
+    model.add_classification_head(NAME, num_labels=2, layers=1, use_pooler=True)
+
+
+def _multi_label_classifier(model: Any) -> None:
+    model.add_classification_head(NAME, num_labels=3, multilabel=True, activation_function=None)
 
 
 def _tagger(model: Any) -> None:
@@ -111,7 +121,7 @@ CASES = (
     Case("scaled_par_bn", "llama bert", lambda: ParBnConfig(reduction_factor=8, scaling="learned")),
     Case("adapter_plus", "llama gpt2 bert", lambda: AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0)),
     Case("compacter", "llama gpt2", lambda: CompacterConfig(reduction_factor=4), scale=0.5),
-    Case("compacterpp", "llama bert", lambda: CompacterPlusPlusConfig(reduction_factor=4), scale=0.5),
+    Case("compacterpp", "llama bert", lambda: CompacterPlusPlusConfig(reduction_factor=4), scale=0.5, flexible=True),
     Case(
         "phm_own", "llama", lambda: CompacterConfig(reduction_factor=4, shared_phm_rule=False, factorized_phm_W=False), scale=0.5
     ),
@@ -138,7 +148,7 @@ CASES = (
     Case("lora", "llama gpt2 qwen2 bert", lambda: LoRAConfig(r=4, alpha=6, **_ON_ALL)),
     Case("lora_two", "gpt2", lambda: LoRAConfig(r=4, alpha=6, attn_matrices=["k", "v"])),
     Case("dora", "llama bert qwen2", lambda: DoRAConfig(r=4, alpha=6, **_ON_ALL)),
-    Case("vera", "bert", lambda: VeraConfig(r=4, alpha=6)),
+    Case("vera", "bert", lambda: VeraConfig(r=4, alpha=6), flexible=True),
     Case("ia3", "llama gpt2 qwen2 bert", lambda: IA3Config(alpha=2)),
     Case("prefix", "llama gpt2 bert", lambda: PrefixTuningConfig(prefix_length=5, bottleneck_size=8), pickled=True),
     Case("prefix_flat", "llama gpt2", lambda: PrefixTuningConfig(prefix_length=5, flat=True), pickled=True),
@@ -156,6 +166,8 @@ CASES = (
     Case("fusion_static", "llama", children=_bottlenecks(), fusion="static"),
     Case("fusion_houlsby", "llama bert", children=(DoubleSeqBnConfig(reduction_factor=8),) * 2, fusion="dynamic"),
     Case("classifier", "bert", head=_classifier),
+    Case("classifier_pooled", "bert", head=_pooled_classifier),
+    Case("classifier_many", "bert", head=_multi_label_classifier),
     Case("tagger", "bert", head=_tagger),
     Case("lm_head", "llama gpt2", lm_head="same"),
     Case("lm_head_trained", "llama", lm_head="trained"),
@@ -205,7 +217,7 @@ def make_base(family: str) -> None:
 def load_base(family: str, *, with_heads: bool) -> Any:
     """A clean base that can take adapters."""
     directory = Path("bases") / family
-    if with_heads:
+    if with_heads and family == "bert":
         return BertAdapterModel.from_pretrained(directory, attn_implementation="eager").eval()
     make = AutoModel if family == "bert" else AutoModelForCausalLM
     model = make.from_pretrained(directory, attn_implementation="eager").eval()
@@ -218,7 +230,7 @@ def make_case(case: Case, family: str) -> None:
     directory = Path("refused" if case.refused else "cases") / f"{family}-{case.name}"
     shutil.rmtree(directory, ignore_errors=True)
     torch.manual_seed(9)
-    model = load_base(family, with_heads=case.head is not None)
+    model = load_base(family, with_heads=case.flexible or case.head is not None)
     children = {f"child_{letter}": config for letter, config in zip("ab", case.children, strict=False)} or {NAME: case.config()}
     for name, config in children.items():
         model.add_adapter(name, config=config)
@@ -265,7 +277,7 @@ def _randomise(model: Any, names: list[str], scale: float) -> None:
 
 
 def _reloaded(case: Case, family: str, directory: Path, names: list[str]) -> Any:
-    model = load_base(family, with_heads=case.head is not None)
+    model = load_base(family, with_heads=case.flexible or case.head is not None)
     places = {name: directory / "children" / name if case.fusion else directory for name in names}
     for path in places.values():
         model.load_adapter(str(path), with_head=case.with_head, use_safetensors=not case.pickled)

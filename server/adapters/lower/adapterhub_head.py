@@ -16,6 +16,7 @@ from server.adapters.lower.adapterhub import ENVELOPE, activation, activation_na
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Rule, boolean, integer, no_effect, only, optional
 from server.adapters.lower.source import Source
+from server.adapters.lower.task_head import head_labels
 
 _FILE = "head_config.json"
 _MAX_LAYERS = 16
@@ -33,8 +34,7 @@ _FIELDS: dict[str, Rule] = {
     "layers": integer(1, _MAX_LAYERS),
     "activation_function": optional(activation_name),
     "label2id": optional(_labels),
-    # The pooler belongs to the base, and is not loaded.
-    "use_pooler": only(False, None),
+    "use_pooler": optional(boolean),
     "bias": boolean,
     "dropout_prob": no_effect,
 }
@@ -52,7 +52,7 @@ def lower_head(source: Source, base: Base, program: Program) -> None:
     if values is None:
         _lower_own_head(head, base, program)
     else:
-        _lower_classifier(head, base, program, options(head, values, _FIELDS), source.checkpoint.labels)
+        _lower_classifier(source, head, base, program, options(head, values, _FIELDS))
     head.check_all_used()
 
 
@@ -68,7 +68,7 @@ def _lower_own_head(head: Source, base: Base, program: Program) -> None:
         program.add(site, HeadEdit(weight=weight.to(base.compute)))
 
 
-def _lower_classifier(head: Source, base: Base, program: Program, values: Mapping[str, Any], labels: tuple[str, ...]) -> None:
+def _lower_classifier(source: Source, head: Source, base: Base, program: Program, values: Mapping[str, Any]) -> None:
     kind, hidden = values.get("head_type", ""), base.spec.hidden_size
     if kind not in _POOLING or not base.spec.is_encoder:
         head.fault(
@@ -90,10 +90,20 @@ def _lower_classifier(head: Source, base: Base, program: Program, values: Mappin
             layers.append(HeadLayer(weight.to(base.compute), None if bias is None else bias.to(base.compute), name))
     if len(layers) == len(indices):
         count = layers[-1].weight.shape[0]
-        if labels and len(labels) != count:
-            head.fault("wrong_shape", "labels.json", "one name for every output is needed", str(count), str(len(labels)))
-        names = labels or _label_names(values.get("label2id"), count)
-        program.head = TaskHead(_POOLING[kind], layers, names, multi_label=kind == "multilabel_classification")
+        labels = head_labels(source, count, source.checkpoint.labels or _label_names(values.get("label2id"), count))
+        before = [_pooler(head, base)] if values.get("use_pooler") else []
+        is_multi = kind == "multilabel_classification" or count == 1
+        program.head = TaskHead(_POOLING[kind], [*before, *layers], labels, multi_label=is_multi)
+
+
+def _pooler(head: Source, base: Base) -> HeadLayer:
+    """The base's own linear on the first token, which belongs to neither the adapter nor its head."""
+    name, width = base.spec.names.pooler, base.spec.hidden_size
+    weight, bias = base.parameter(f"{name}.weight"), base.parameter(f"{name}.bias")
+    if not name or weight is None or bias is None:
+        head.fault("missing_tensor", f"{_FILE}: config.use_pooler", "the base model has no pooler")
+        return HeadLayer(torch.zeros(width, width, dtype=base.compute))
+    return HeadLayer(weight, bias, "tanh")
 
 
 def _is_linear(name: str) -> bool:
