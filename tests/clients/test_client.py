@@ -273,7 +273,7 @@ def test_convert_gives_adapterhub_tensors_one_name(tmp_path: Path) -> None:
 def test_what_is_sent_of_a_directory(files: list[str], tmp_path: Path) -> None:
     for file in (*files, "tokenizer.json", "pytorch_adapter.bin"):
         (tmp_path / file).write_bytes(b"{}")
-    assert [path.name for path in find_files(tmp_path)] == files
+    assert [file.name for file in find_files(tmp_path)] == files
 
 
 def test_convert_runs_no_code(tmp_path: Path) -> None:

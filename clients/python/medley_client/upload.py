@@ -14,10 +14,11 @@ from medley_client.errors import MedleyError
 Progress = Callable[[int, int], None]
 """Called with (bytes sent, bytes in all)."""
 
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SETS = (
-    ("adapter_config.json", "adapter_model.safetensors"),
+    (_CONFIG, _WEIGHTS),
     # AdapterHub's names, and its fusions.
-    ("adapter_config.json", "adapter.safetensors"),
+    (_CONFIG, "adapter.safetensors"),
     ("adapter_fusion_config.json", "model_adapter_fusion.safetensors"),
 )
 _MORE = ("head_config.json", "model_head.safetensors", "labels.json")
@@ -93,7 +94,7 @@ def find_files(source: Path, *, rank: int | None = None, exact: bool = False) ->
     A fine-tuned model (``config.json``, ``model.safetensors``, no adapter) is sent with a config that says what becomes of it: compressed
     to ``rank``, or every difference to the base ``exact`` as it is.
     """
-    is_model = (source / _MODEL_CONFIG).is_file() and not (source / _SETS[0][0]).exists()
+    is_model = (source / _MODEL_CONFIG).is_file() and not (source / _CONFIG).exists()
     if is_model:
         return _find_model(source, rank, exact)
     if rank is not None or exact:
@@ -131,4 +132,4 @@ def _find_model(source: Path, rank: int | None, exact: bool) -> list[File]:
             "reported), or with --exact (every difference as it is, large)"
         )
     config = {"medley_type": "FINE_TUNE", "rank": rank}
-    return [File(_SETS[0][0], json.dumps(config).encode()), File(_SETS[0][1], source / _MODEL_WEIGHTS)]
+    return [File(_CONFIG, json.dumps(config).encode()), File(_WEIGHTS, source / _MODEL_WEIGHTS)]

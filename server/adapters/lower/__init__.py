@@ -51,7 +51,7 @@ def methods() -> Mapping[tuple[str, str], Method]:
 def lower(checkpoint: Checkpoint, base: Base, *, max_bytes: int = MAX_PROGRAM_BYTES) -> Program:
     """Lower a checkpoint onto the base. Raises LoweringError with every fault found."""
     method = method_of(checkpoint)
-    source = Source(checkpoint, base.spec, method.file, max_bytes // base.dtype.itemsize)
+    source = Source(checkpoint, base.spec, max_bytes // base.dtype.itemsize, method.file)
     source.check_fields(method.fields)
     source.stop_if_faulty()
     program = method.lower(source, base)

@@ -27,7 +27,7 @@ class Source:
     """Config and tensors, grouped by site. ``take`` marks a tensor as used; what is left over at the end is a fault."""
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: BaseSpec, file: str = "adapter_config.json", max_numbers: int = 1 << 28
+        self, checkpoint: Checkpoint, spec: BaseSpec, max_numbers: int = 1 << 28, file: str = "adapter_config.json"
     ) -> None:
         self._max_numbers = self._left = max_numbers
         self.checkpoint = checkpoint
@@ -45,7 +45,7 @@ class Source:
 
     def part(self, checkpoint: Checkpoint, file: str) -> Source:
         """Another checkpoint that belongs to this one (a head, a fusion's child). What is wrong with it is wrong with this one too."""
-        part = Source(checkpoint, self._spec, file)
+        part = Source(checkpoint, self._spec, self._left, file)
         self._faults += part._faults
         part._faults = self._faults
         return part
