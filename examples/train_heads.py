@@ -9,8 +9,8 @@ frozen base. Well under a minute each on two CPU cores. Writes ``examples/heads/
 from __future__ import annotations
 
 import argparse
-import itertools
 import importlib.util
+import itertools
 import json
 import re
 from pathlib import Path
