@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import re
 from pathlib import Path
@@ -158,7 +159,7 @@ def train_probe(base: Path, target: Path, labels: list[str], pairs: list[tuple[s
         mask = inputs["attention_mask"][..., None]
         pooled = (states * mask).sum(1) / mask.sum(1)
     sizes = [pooled.shape[1], *([hidden] if hidden else []), len(labels)]
-    layers = [nn.Linear(first, second) for first, second in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(first, second) for first, second in itertools.pairwise(sizes)]
     pooled = pooled.clone()
 
     def logits() -> Tensor:
