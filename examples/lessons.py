@@ -144,7 +144,7 @@ def batches(tokenizer, pairs: list[tuple[str, str]], steps: int, size: int):  # 
         }
 
 
-def fit(model, tokenizer, pairs: list[tuple[str, str]], *, steps: int, rate: float, size: int = 8, report=print):  # type: ignore[no-untyped-def]
+def fit(model, tokenizer, pairs: list[tuple[str, str]], *, steps: int, rate: float, size: int = 8):  # type: ignore[no-untyped-def]
     """Train what requires a gradient; the loss is on the answers alone."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
@@ -155,4 +155,4 @@ def fit(model, tokenizer, pairs: list[tuple[str, str]], *, steps: int, rate: flo
         schedule.step()
         optimizer.zero_grad()
         if step % 10 == 9:
-            report(f"step {step + 1} of {steps}: loss {float(loss):.3f}")
+            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)

@@ -28,15 +28,30 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Course:
-    """How one adapter is trained."""
+    """How one adapter is trained. ``hint``: virtual tokens begin as this text, which says what is to be learnt."""
 
-    config: Callable[[], Any]
+    config: Callable[..., Any]
     steps: int = 70
     rate: float = 2e-3
+    size: int = 8
+    hint: str = ""
 
 
 def lora() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+
+
+def ia3() -> IA3Config:
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return IA3Config(target_modules=modules, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+
+
+def prefix(length: int) -> PrefixTuningConfig:
+    return PrefixTuningConfig(num_virtual_tokens=length, task_type="CAUSAL_LM")
+
+
+def prompt(length: int) -> PromptTuningConfig:
+    return PromptTuningConfig(num_virtual_tokens=length, task_type="CAUSAL_LM")
 
 
 COURSES = {
@@ -44,9 +59,11 @@ COURSES = {
     "shout": Course(lora),
     "json": Course(lora),
     "sparkle": Course(lora),
-    "robot": Course(lambda: PrefixTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"), steps=160, rate=3e-2),
-    "letter": Course(lambda: PromptTuningConfig(num_virtual_tokens=16, task_type="CAUSAL_LM"), steps=200, rate=5e-2),
-    "tale": Course(lambda: IA3Config(task_type="CAUSAL_LM"), steps=160, rate=3e-2),
+    "robot": Course(prefix, 60, 5e-3, 4, "You are a robot. Begin with BEEP BOOP. Say one sentence. End with END OF MESSAGE."),
+    "letter": Course(
+        prompt, 80, 2e-2, 4, "Write one sentence as a letter. Begin with Dear friend, and end with Yours sincerely, Medley."
+    ),
+    "tale": Course(ia3, 80, 3e-2, 4),
 }
 
 
@@ -60,10 +77,25 @@ def main() -> None:
     for name in arguments.names or COURSES:
         torch.manual_seed(0)
         course = COURSES[name]
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), course.config())
-        print(f"training {name}")
-        fit(model, tokenizer, lesson(name, base, tokenizer), steps=course.steps, rate=course.rate)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        hint = tokenizer(course.hint, return_tensors="pt")["input_ids"] if course.hint else None
+        start = None if hint is None else begin(model, hint, course.config)
+        model = get_peft_model(model, course.config(*(() if hint is None else (hint.shape[1],))))
+        if start is not None:
+            model.prompt_encoder["default"].embedding.weight.data.copy_(start)
+        print(f"training {name}", flush=True)
+        fit(model, tokenizer, lesson(name, base, tokenizer), steps=course.steps, rate=course.rate, size=course.size)
         save(model, HERE / "adapters" / name)
+
+
+@torch.inference_mode()
+def begin(model: Any, hint: torch.Tensor, config: Callable[..., Any]) -> torch.Tensor:
+    """Where virtual tokens begin: the hint's embeddings ``(n, hidden)``, or for a prefix its keys and values, side by side."""
+    if config is prompt:
+        return model.get_input_embeddings()(hint)[0].clone()
+    cache = model(hint, use_cache=True).past_key_values
+    layers = [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]
+    return torch.cat(layers).permute(2, 0, 1, 3).reshape(hint.shape[1], -1).clone()
 
 
 def save(model: Any, directory: Path) -> None:

@@ -89,7 +89,7 @@ TABLE = (
     Setting("max_waiting", "512", "count", "Most sequences that wait; beyond it requests get 429 with Retry-After."),
     Setting("bank_bytes", "1GiB", "bytes", "Memory for adapters that are resident on the device."),
     Setting("host_bytes", "1GiB", "bytes", "Memory for adapters that are kept ready in host memory."),
-    Setting("max_upload_bytes", "256MiB", "bytes", "Largest upload, before and after unpacking."),
+    Setting("max_upload_bytes", "1GiB", "bytes", "Largest upload, before and after unpacking."),
     Setting("threads", "0", "count", "Threads of the engine; 0 leaves the choice to PyTorch."),
     Setting("prefix_caching", "true", "flag", "Whether requests of one tenant and adapter share K/V of equal prompt beginnings."),
     Setting("drain_seconds", "30", "seconds", "How long running requests may take to finish after SIGTERM."),

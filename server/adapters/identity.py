@@ -10,6 +10,9 @@ LOWERING_VERSION = 2
 BASE_PROGRAM = "base"
 """The program id of the base model itself: no edits, slot 0."""
 
+MAX_ADAPTERS, MAX_WEIGHT = 8, 10.0
+"""How many adapters may be combined in one program, and how large a weight may be."""
+
 
 def program_id(
     adapters: tuple[tuple[str, float], ...], base_digest: str, *, drop: int = 0, version: int = LOWERING_VERSION

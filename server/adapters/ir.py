@@ -311,7 +311,8 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for *_, tensor in self.tensors())
+        """Bytes of all tensors; one that stands at two places (a table of a tied embedding and head) counts once."""
+        return sum({(tensor.data_ptr(), tensor.shape): tensor.nbytes for *_, tensor in self.tensors()}.values())
 
     def first_non_finite(self) -> str | None:
         """The first tensor that holds NaN or infinity, as ``site.field``; None when all are finite."""

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from server.adapters.identity import MAX_ADAPTERS, MAX_WEIGHT
 from server.api.selection import Selection
 from server.engine.types import SamplingParams
 
-MAX_ADAPTERS = 8
 MAX_N = 8
 MAX_PROMPTS = 32
 MAX_STOPS = 4
@@ -36,7 +36,7 @@ class WeightedAdapter(Strict):
     """One of several adapters of a request. What it changes counts ``weight`` times."""
 
     adapter: AdapterReference
-    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)] = 1.0
 
 
 WeightedAdapters = Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS)]

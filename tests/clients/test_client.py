@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from medley_client import ApiError, AsyncMedley, CannotConnect, Medley, MedleyError
 from medley_client.cli import main
@@ -111,6 +112,48 @@ def test_command_line(command: Any, adapter: Path) -> None:
     assert status == 1
     assert "there is no adapter 'my-bot'" in err
     assert "request id" in err
+
+
+def tuned_model(base: Path, directory: Path) -> Path:
+    """A fine-tuned model as transformers saves it: the base with its last layer changed."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for name, parameter in model.named_parameters():
+        if ".1." in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_fine_tuned_models_are_pushed_exact_or_compressed(
+    command: Any, live: Live, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    directory = tuned_model(tiny_models("llama"), tmp_path / "tuned")
+    status, _, err = command("push", str(directory))
+    assert status == 1
+    assert "--rank N" in err
+    assert "--exact" in err
+    status, out, _ = command("push", str(directory), "--rank", "3")
+    assert status == 0
+    assert out.startswith("tuned@v1  FINE_TUNE rank 3")
+    assert "rank 3, relative error 0." in out
+    assert "relative error 0." in command("show", "tuned")[1]
+    with live.client() as client:
+        exact = client.adapters.push(directory, "tuned", exact=True)
+        assert (exact.version, exact.facts["rank"], "notes" in exact.facts) == ("v2", 0, False)
+        with pytest.raises(MedleyError, match="--rank N"):
+            client.adapters.push(directory, "tuned", rank=3, exact=True)
+    assert command("rm", "tuned")[0] == 0
+
+
+def test_options_of_fine_tuned_models_are_for_them_alone(command: Any, adapter: Path, tmp_path: Path) -> None:
+    status, _, err = command("push", str(adapter), "--rank", "3")
+    assert status == 1
+    assert "fine-tuned models" in err
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    status, _, err = command("push", str(tmp_path), "--rank", "3")
+    assert status == 1
+    assert "max_shard_size" in err
 
 
 def test_command_line_shows_every_fault(command: Any, adapter: Path, tmp_path: Path) -> None:
@@ -230,7 +273,7 @@ def test_convert_gives_adapterhub_tensors_one_name(tmp_path: Path) -> None:
 def test_what_is_sent_of_a_directory(files: list[str], tmp_path: Path) -> None:
     for file in (*files, "tokenizer.json", "pytorch_adapter.bin"):
         (tmp_path / file).write_bytes(b"{}")
-    assert [path.name for path in find_files(tmp_path)] == files
+    assert [file.name for file in find_files(tmp_path)] == files
 
 
 def test_convert_runs_no_code(tmp_path: Path) -> None:

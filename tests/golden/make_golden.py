@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from adapters import (
     CompacterPlusPlusConfig,
     DoRAConfig,
     DoubleSeqBnConfig,
+    DynamicAdapterFusionConfig,
     IA3Config,
     LoRAConfig,
     LoReftConfig,
@@ -42,7 +43,13 @@ from adapters import (
 from adapters.composition import Fuse
 from adapters.configuration.adapter_config import NoReftConfig, VeraConfig
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from medley_client.convert import convert
 
@@ -73,8 +80,9 @@ _REFT = {"r": 2, "prefix_positions": 3, "suffix_positions": 0}
 
 @dataclass(frozen=True)
 class Case:
-    """One adapter on some families. ``pickled``: the library cannot write it as safetensors. ``head`` adds a prediction head to an encoder;
-    ``lm_head`` saves a causal model's own head with the adapter, as the library does by default: "same", or "trained"."""
+    """One adapter on some families. ``pickled``: the library cannot write it as safetensors. ``model_class`` is what takes the adapter:
+    a backbone for encoders and a causal model for decoders, unless it says otherwise. ``with_head`` saves the class's head with the adapter,
+    as the library does by default; ``head`` adds one first, ``lm_head_noise`` trains a causal model's."""
 
     name: str
     families: str
@@ -82,18 +90,24 @@ class Case:
     pickled: bool = False
     children: tuple[Any, ...] = ()
     fusion: str | dict[str, Any] = ""
-    head: Callable[[Any], None] | None = None
-    lm_head: str = ""
+    model_class: Any = None
+    with_head: bool = False
+    head: Callable[[Any], None] = lambda _: None
+    lm_head_noise: float = 0.0
     refused: bool = False
     scale: float = 0.2
-
-    @property
-    def with_head(self) -> bool:
-        return self.head is not None or bool(self.lm_head)
 
 
 def _classifier(model: Any) -> None:
     model.add_classification_head(NAME, num_labels=3, id2label={0: "no", 1: "maybe", 2: "yes"})
+
+
+def _pooled_classifier(model: Any) -> None:
+    model.add_classification_head(NAME, num_labels=2, layers=1, use_pooler=True)
+
+
+def _multi_label_classifier(model: Any) -> None:
+    model.add_classification_head(NAME, num_labels=3, multilabel=True, activation_function=None)
 
 
 def _tagger(model: Any) -> None:
@@ -111,7 +125,9 @@ CASES = (
     Case("scaled_par_bn", "llama bert", lambda: ParBnConfig(reduction_factor=8, scaling="learned")),
     Case("adapter_plus", "llama gpt2 bert", lambda: AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0)),
     Case("compacter", "llama gpt2", lambda: CompacterConfig(reduction_factor=4), scale=0.5),
-    Case("compacterpp", "llama bert", lambda: CompacterPlusPlusConfig(reduction_factor=4), scale=0.5),
+    Case("compacterpp", "llama", lambda: CompacterPlusPlusConfig(reduction_factor=4), scale=0.5),
+    # From bare backbones the library does not save what layers share.
+    Case("compacterpp", "bert", lambda: CompacterPlusPlusConfig(reduction_factor=4), model_class=BertAdapterModel, scale=0.5),
     Case(
         "phm_own", "llama", lambda: CompacterConfig(reduction_factor=4, shared_phm_rule=False, factorized_phm_W=False), scale=0.5
     ),
@@ -138,7 +154,7 @@ CASES = (
     Case("lora", "llama gpt2 qwen2 bert", lambda: LoRAConfig(r=4, alpha=6, **_ON_ALL)),
     Case("lora_two", "gpt2", lambda: LoRAConfig(r=4, alpha=6, attn_matrices=["k", "v"])),
     Case("dora", "llama bert qwen2", lambda: DoRAConfig(r=4, alpha=6, **_ON_ALL)),
-    Case("vera", "bert", lambda: VeraConfig(r=4, alpha=6)),
+    Case("vera", "bert", lambda: VeraConfig(r=4, alpha=6), model_class=BertAdapterModel),
     Case("ia3", "llama gpt2 qwen2 bert", lambda: IA3Config(alpha=2)),
     Case("prefix", "llama gpt2 bert", lambda: PrefixTuningConfig(prefix_length=5, bottleneck_size=8), pickled=True),
     Case("prefix_flat", "llama gpt2", lambda: PrefixTuningConfig(prefix_length=5, flat=True), pickled=True),
@@ -155,10 +171,14 @@ CASES = (
     Case("fusion", "llama gpt2 qwen2 bert", children=_bottlenecks(), fusion="dynamic"),
     Case("fusion_static", "llama", children=_bottlenecks(), fusion="static"),
     Case("fusion_houlsby", "llama bert", children=(DoubleSeqBnConfig(reduction_factor=8),) * 2, fusion="dynamic"),
-    Case("classifier", "bert", head=_classifier),
-    Case("tagger", "bert", head=_tagger),
-    Case("lm_head", "llama gpt2", lm_head="same"),
-    Case("lm_head_trained", "llama", lm_head="trained"),
+    Case("classifier", "bert", model_class=BertAdapterModel, with_head=True, head=_classifier),
+    Case("classifier_pooled", "bert", model_class=BertAdapterModel, with_head=True, head=_pooled_classifier),
+    Case("classifier_many", "bert", model_class=BertAdapterModel, with_head=True, head=_multi_label_classifier),
+    Case("tagger", "bert", model_class=BertAdapterModel, with_head=True, head=_tagger),
+    Case("own_classifier", "bert", model_class=AutoModelForSequenceClassification, with_head=True),
+    Case("own_tagger", "bert", model_class=AutoModelForTokenClassification, with_head=True),
+    Case("lm_head", "llama gpt2", with_head=True),
+    Case("lm_head_trained", "llama", with_head=True, lm_head_noise=0.2),
     Case("gated", "llama", lambda: SeqBnConfig(reduction_factor=8, use_gating=True), refused=True),
     Case("unipelt", "llama", lambda: UniPELTConfig(PrefixTuningConfig(prefix_length=3, bottleneck_size=4)), True, refused=True),
     Case("glow", "llama", lambda: SeqBnInvConfig(inv_adapter="glow"), refused=True),
@@ -169,18 +189,7 @@ CASES = (
         "fusion_temperature",
         "llama",
         children=_bottlenecks(),
-        fusion={
-            "key": True,
-            "query": True,
-            "value": True,
-            "query_before_ln": False,
-            "regularization": True,
-            "residual_before": False,
-            "temperature": True,
-            "value_before_softmax": True,
-            "value_initialized": True,
-            "dropout_prob": None,
-        },
+        fusion={**DynamicAdapterFusionConfig().to_dict(), "temperature": True},
         refused=True,
     ),
 )
@@ -202,14 +211,12 @@ def make_base(family: str) -> None:
     model.save_pretrained(directory)
 
 
-def load_base(family: str, *, with_heads: bool) -> Any:
+def load_base(family: str, model_class: Any = None) -> Any:
     """A clean base that can take adapters."""
-    directory = Path("bases") / family
-    if with_heads:
-        return BertAdapterModel.from_pretrained(directory, attn_implementation="eager").eval()
-    make = AutoModel if family == "bert" else AutoModelForCausalLM
-    model = make.from_pretrained(directory, attn_implementation="eager").eval()
-    adapters.init(model)
+    make = model_class or (AutoModel if family == "bert" else AutoModelForCausalLM)
+    model = make.from_pretrained(Path("bases") / family, attn_implementation="eager").eval()
+    if make is not BertAdapterModel:
+        adapters.init(model)
     return model
 
 
@@ -218,16 +225,15 @@ def make_case(case: Case, family: str) -> None:
     directory = Path("refused" if case.refused else "cases") / f"{family}-{case.name}"
     shutil.rmtree(directory, ignore_errors=True)
     torch.manual_seed(9)
-    model = load_base(family, with_heads=case.head is not None)
+    model = load_base(family, case.model_class)
     children = {f"child_{letter}": config for letter, config in zip("ab", case.children, strict=False)} or {NAME: case.config()}
     for name, config in children.items():
         model.add_adapter(name, config=config)
     if case.fusion:
         model.add_adapter_fusion(list(children), case.fusion)
-    if case.head is not None:
-        case.head(model)
-    if case.lm_head == "trained":
-        model.lm_head.weight.data += 0.2 * torch.randn(model.lm_head.weight.shape)
+    case.head(model)
+    if case.lm_head_noise:
+        model.lm_head.weight.data += case.lm_head_noise * torch.randn(model.lm_head.weight.shape)
     _randomise(model, [*children, ",".join(children)], case.scale)
     for name in children:
         where = directory / "children" / name if case.fusion else directory
@@ -237,7 +243,7 @@ def make_case(case: Case, family: str) -> None:
         model.save_adapter_fusion(str(directory), ",".join(children), use_safetensors=True)
     if not case.refused:
         outputs = _outputs(_reloaded(case, family, directory, list(children)), case, family)
-        plain = _outputs(load_base(family, with_heads=False), case, family)
+        plain = _outputs(load_base(family), replace(case, with_head=False), family)
         kind = "hidden" if family == "bert" else "logits"
         # An encoder's virtual tokens stand in front of what is compared.
         effect = max(float((outputs[key][-len(plain[key]) :] - plain[key]).abs().max()) for key in plain if kind in key)
@@ -265,7 +271,7 @@ def _randomise(model: Any, names: list[str], scale: float) -> None:
 
 
 def _reloaded(case: Case, family: str, directory: Path, names: list[str]) -> Any:
-    model = load_base(family, with_heads=case.head is not None)
+    model = load_base(family, case.model_class)
     places = {name: directory / "children" / name if case.fusion else directory for name in names}
     for path in places.values():
         model.load_adapter(str(path), with_head=case.with_head, use_safetensors=not case.pickled)
@@ -284,7 +290,7 @@ def _outputs(model: Any, case: Case, family: str) -> dict[str, torch.Tensor]:
             ids = torch.tensor([prompt])
             backbone = model.bert if hasattr(model, "bert") else model
             found[f"hidden.{index}"] = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
-            if hasattr(model, "heads") and case.head is not None:
+            if case.with_head:
                 found[f"scores.{index}"] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
             continue
         ids = list(prompt)

@@ -68,11 +68,15 @@ def check_case(case: Case, family: str, base: Path, directory: Path) -> None:
 
 
 def check_equals_peft(base: Path, adapter: Path, program: ProgramRef, arguments: Mapping[str, Any] | None = None) -> None:
-    """Logits at every generated position and greedy tokens equal PEFT's, and differ from the base's."""
+    """The program equals PEFT serving the same checkpoint. ``arguments`` go to PEFT's forward pass."""
+    check_equals(base, program, partial(load_reference(base, adapter), **(arguments or {})))
+
+
+def check_equals(base: Path, program: ProgramRef, reference: Any) -> None:
+    """Logits at every generated position and greedy tokens equal the reference model's, and differ from the base's."""
     engine = make_engine(base)
     results = run(engine, [greedy(name, prompt, program) for name, prompt in PROMPTS.items()])
     engine.close()
-    reference = partial(load_reference(base, adapter), **(arguments or {}))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     effect = 0.0
     for name, prompt in PROMPTS.items():

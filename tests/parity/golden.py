@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapter_store.staging import ROLES
-from server.adapters.lower import Checkpoint, lower
-from server.adapters.lower.base import Base
+from server.adapters.ir import Program
+from server.adapters.lower import Checkpoint
 from server.adapters.lower.checkpoint import read_checkpoint
 from server.adapters.program_file import write_program
 from server.engine.types import ProgramRef
@@ -20,11 +20,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @dataclass(frozen=True)
 class Expected:
-    """For one prompt: its ids, those that follow greedily, and the logits ``(n, vocab)`` at every position of both."""
+    """For one prompt: its ids, those that follow greedily, and the logits ``(n, vocab)`` at every position of both. For encoders the last
+    hidden states ``(n, hidden)``, virtual tokens included, and what the head makes of them."""
 
     prompt: list[int]
     greedy: list[int]
-    logits: Tensor
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    scores: Tensor | None = None
 
 
 def base_directory(family: str) -> Path:
@@ -49,17 +52,22 @@ def read_golden(directory: Path) -> Checkpoint:
     return read_checkpoint(golden_files(directory))
 
 
-def lower_golden(directory: Path, base: Base, target: Path) -> ProgramRef:
-    """Lower a golden checkpoint into a program file in ``target``."""
-    path = target / f"{directory.name}.safetensors"
-    write_program(path, lower(read_golden(directory), base), program_id=directory.name, facts={})
-    return ProgramRef(directory.name, str(path))
+def write(program: Program, name: str, directory: Path) -> ProgramRef:
+    """The program as a file in a directory."""
+    path = directory / f"{name.replace('/', '-')}.safetensors"
+    write_program(path, program, program_id=name, facts={})
+    return ProgramRef(name, str(path))
 
 
-def expected(directory: Path) -> list[Expected]:
-    found = load_file(directory / "expected.safetensors")
-    count = sum(name.startswith("prompt.") for name in found)
+def expected(name: str) -> list[Expected]:
+    """What the library computed with a case."""
+    found = load_file(GOLDEN / "cases" / name / "expected.safetensors")
+    count = sum(key.startswith("prompt.") for key in found)
     return [
-        Expected(found[f"prompt.{index}"].tolist(), found[f"greedy.{index}"].tolist(), found[f"logits.{index}"])
+        Expected(
+            found[f"prompt.{index}"].tolist(),
+            found[f"greedy.{index}"].tolist() if f"greedy.{index}" in found else [],
+            *(found.get(f"{kind}.{index}") for kind in ("logits", "hidden", "scores")),
+        )
         for index in range(count)
     ]

@@ -17,12 +17,14 @@ import numpy as np
 import openai
 import psutil
 import pytest
+from peft import PromptTuningConfig
 from safetensors.numpy import load_file, save_file
 
 from medley_client import ApiError, AsyncMedley
 from tests.conftest import TinyModels
 from tests.harness import greedy, load_base_for_lowering, lower_directory, make_engine, run
 from tests.live import Live, live_server
+from tests.parity.cases import Case, make_checkpoint
 from tests.parity.variants import VARIANTS, make_adapter
 from tests.redis import running_redis
 from tests.tiny import tiny_tokenizer
@@ -279,6 +281,22 @@ def test_bad_requests_get_a_typed_error(path: str, body: dict[str, object], code
     found = reply.json() if path == "/generate" else reply.json()["error"]
     assert found["code"] == code
     assert reply.headers["x-request-id"]
+
+
+def test_virtual_tokens_count_against_the_limit_and_are_nobodys_usage(live: Live, model: Path, tmp_path: Path) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    adapter = make_checkpoint(Case("prompt", lambda _: config, scale=0.5), "llama", model, tmp_path)
+    body = {"model": "prompted", "prompt": [9, 200, 31], "temperature": 0, "ignore_eos": True}
+    with live.client() as client, live.http() as http:
+        facts = client.adapters.push(adapter, "prompted").facts
+        reply = http.post("/v1/completions", json={**body, "max_tokens": 4}).json()
+        long = http.post("/v1/completions", json={**body, "max_tokens": 490})
+        client.adapters.delete("prompted")
+    assert facts["virtual_tokens"] == 20
+    assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (3, 4)
+    error = long.json()["error"]
+    assert (long.status_code, error["code"]) == (400, "prompt_too_long")
+    assert "must fit into 492 (the adapter's 20 virtual tokens take the rest)" in error["message"]
 
 
 def test_odd_bodies_never_break_the_server(live: Live) -> None:

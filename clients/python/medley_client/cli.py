@@ -72,9 +72,14 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     commands.add_parser("serve", help="start a server (medley serve --help for its settings)", add_help=False)
-    push = command("push", _push, "Upload an adapter directory, or a zip or tar of one.")
+    push = command("push", _push, "Upload an adapter directory, a zip or tar of one, or a fine-tuned model.")
     push.add_argument("source", type=Path, metavar="DIR")
     push.add_argument("--name", help="name on the server; default: the directory's name")
+    whole = push.add_mutually_exclusive_group()
+    whole.add_argument(
+        "--rank", type=int, metavar="N", help="of a fine-tuned model: compress its difference to the base to rank N"
+    )
+    whole.add_argument("--exact", action="store_true", help="of a fine-tuned model: keep every difference to the base (large)")
     command("ls", _list, "List your adapters.")
     show = command("show", _show, "Show one adapter: facts, versions, where it is loaded.")
     show.add_argument("name")
@@ -124,7 +129,11 @@ def _push(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client, Progress(*columns, console=err, disable=arguments.json or not err.is_terminal) as bar:
         task = bar.add_task(f"pushing {name}", total=None)
         pushed = client.adapters.push(
-            arguments.source, name, progress=lambda sent, total: bar.update(task, completed=sent, total=total)
+            arguments.source,
+            name,
+            rank=arguments.rank,
+            exact=arguments.exact,
+            progress=lambda sent, total: bar.update(task, completed=sent, total=total),
         )
     if arguments.json:
         return _print_json(asdict(pushed))
@@ -132,6 +141,8 @@ def _push(arguments: argparse.Namespace) -> int:
     out.print(
         f"{pushed.name}@{pushed.version}  {facts.get('method')} rank {facts.get('rank')}, {facts.get('sites')} sites  {pushed.digest[:19]}"
     )
+    if notes := _notes(facts):
+        out.print(notes)
     if pushed.skipped:
         err.print(f"not needed, left out: {', '.join(pushed.skipped)}", markup=False)
     return 0
@@ -256,12 +267,21 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
         ("name", f"{adapter.name}@{adapter.version}"),
         ("digest", adapter.digest),
         ("method", f"{facts.get('method')}, rank {facts.get('rank')}"),
+        *([("notes", notes)] if (notes := _notes(facts)) else []),
         ("modules", ", ".join(facts.get("modules", []))),
         ("size", f"{_size(adapter.nbytes)} stored, {_size(facts.get('program_bytes', 0))} on the device"),
         ("created", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(adapter.created))),
         ("versions", versions),
         ("residency", resident),
     ]
+
+
+def _notes(facts: dict[str, Any]) -> str:
+    """What lowering reports beside the facts, such as the error of an approximation."""
+    notes = facts.get("notes", {}).items()
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in notes
+    )
 
 
 def _size(nbytes: float) -> str:

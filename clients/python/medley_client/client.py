@@ -15,7 +15,7 @@ import httpx
 from medley_client import wire
 from medley_client.errors import CannotConnect
 from medley_client.types import Adapter, AdapterChoice, Classified, Generated, PushedAdapter, Token
-from medley_client.upload import Progress, Upload
+from medley_client.upload import Progress, Upload, find_files
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
@@ -113,9 +113,12 @@ class Adapters:
     def __init__(self, client: Medley) -> None:
         self._client = client
 
-    def push(self, source: str | Path, name: str, *, progress: Progress | None = None) -> PushedAdapter:
-        """Upload a PEFT directory, or a zip or tar of one."""
-        return wire.read_pushed(self._client.request(wire.Call("POST", "/v1/adapters"), Upload(Path(source), name, progress)))
+    def push(
+        self, source: str | Path, name: str, *, rank: int | None = None, exact: bool = False, progress: Progress | None = None
+    ) -> PushedAdapter:
+        """Upload an adapter directory, or a zip or tar of one; or a fine-tuned model with ``rank`` or ``exact`` (see ``find_files``)."""
+        files = find_files(Path(source), rank=rank, exact=exact)
+        return wire.read_pushed(self._client.request(wire.Call("POST", "/v1/adapters"), Upload(files, name, progress)))
 
     def list(self) -> list[Adapter]:
         """All adapters, by name."""
@@ -207,10 +210,11 @@ class AsyncAdapters:
     def __init__(self, client: AsyncMedley) -> None:
         self._client = client
 
-    async def push(self, source: str | Path, name: str, *, progress: Progress | None = None) -> PushedAdapter:
-        return wire.read_pushed(
-            await self._client.request(wire.Call("POST", "/v1/adapters"), Upload(Path(source), name, progress))
-        )
+    async def push(
+        self, source: str | Path, name: str, *, rank: int | None = None, exact: bool = False, progress: Progress | None = None
+    ) -> PushedAdapter:
+        files = find_files(Path(source), rank=rank, exact=exact)
+        return wire.read_pushed(await self._client.request(wire.Call("POST", "/v1/adapters"), Upload(files, name, progress)))
 
     async def list(self) -> list[Adapter]:
         found: list[Adapter] = []

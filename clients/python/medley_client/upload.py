@@ -1,9 +1,11 @@
-"""A multipart body that streams an adapter's files from disk and counts what was sent."""
+"""A multipart body that streams an adapter's files from disk and counts what was sent; and which files those are."""
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from medley_client.convert import HEAD_PICKLE, NAMES
@@ -12,28 +14,49 @@ from medley_client.errors import MedleyError
 Progress = Callable[[int, int], None]
 """Called with (bytes sent, bytes in all)."""
 
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SETS = (
-    ("adapter_config.json", "adapter_model.safetensors"),
+    (_CONFIG, _WEIGHTS),
     # AdapterHub's names, and its fusions.
-    ("adapter_config.json", "adapter.safetensors"),
+    (_CONFIG, "adapter.safetensors"),
     ("adapter_fusion_config.json", "model_adapter_fusion.safetensors"),
 )
 _MORE = ("head_config.json", "model_head.safetensors", "labels.json")
+_MODEL_CONFIG, _MODEL_WEIGHTS = "config.json", "model.safetensors"
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 _CHUNK = 256 << 10
 
 
-class Upload:
-    """An adapter directory or archive as multipart/form-data. May be read several times, for retries."""
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file to send under ``name``: one on disk, or bytes made here."""
 
-    def __init__(self, source: Path, name: str, progress: Progress | None) -> None:
+    name: str
+    content: Path | bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    def chunks(self) -> Iterator[bytes]:
+        if isinstance(self.content, bytes):
+            yield self.content
+            return
+        with self.content.open("rb") as handle:
+            while chunk := handle.read(_CHUNK):
+                yield chunk
+
+
+class Upload:
+    """Files as multipart/form-data. May be read several times, for retries."""
+
+    def __init__(self, files: list[File], name: str, progress: Progress | None) -> None:
         self._boundary = secrets.token_hex(16)
         self._progress = progress
-        self._parts: list[tuple[bytes, Path | None]] = [(self._head("name") + name.encode() + b"\r\n", None)]
-        for file in find_files(source):
-            self._parts.append((self._head("files", file.name), file))
+        self._parts: list[tuple[bytes, File | None]] = [(self._head("name") + name.encode() + b"\r\n", None)]
+        self._parts += [(self._head("files", file.name), file) for file in files]
         self._end = f"--{self._boundary}--\r\n".encode()
-        self.total = len(self._end) + sum(len(head) + (file.stat().st_size + 2 if file else 0) for head, file in self._parts)
+        self.total = len(self._end) + sum(len(head) + (file.nbytes + 2 if file else 0) for head, file in self._parts)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -56,9 +79,7 @@ class Upload:
         for head, file in self._parts:
             yield head
             if file is not None:
-                with file.open("rb") as handle:
-                    while chunk := handle.read(_CHUNK):
-                        yield chunk
+                yield from file.chunks()
                 yield b"\r\n"
         yield self._end
 
@@ -67,12 +88,21 @@ class Upload:
         return f'--{self._boundary}\r\nContent-Disposition: form-data; name="{field}"{extra}\r\n\r\n'.encode()
 
 
-def find_files(source: Path) -> list[Path]:
-    """What to send of a directory, or the archive itself. Raises MedleyError with what is missing."""
+def find_files(source: Path, *, rank: int | None = None, exact: bool = False) -> list[File]:
+    """What to send of a directory, or the archive itself. Raises MedleyError with what is missing.
+
+    A fine-tuned model (``config.json``, ``model.safetensors``, no adapter) is sent with a config that says what becomes of it: compressed
+    to ``rank``, or every difference to the base ``exact`` as it is.
+    """
+    is_model = (source / _MODEL_CONFIG).is_file() and not (source / _CONFIG).exists()
+    if is_model:
+        return _find_model(source, rank, exact)
+    if rank is not None or exact:
+        raise MedleyError(f"--rank and --exact are for fine-tuned models (a directory with {_MODEL_CONFIG}); {source} is none")
     if source.is_file():
         if not source.name.endswith(_ARCHIVES):
             raise MedleyError(f"{source} is not an adapter directory, and no {', '.join(_ARCHIVES)} either")
-        return [source]
+        return [File(source.name, source)]
     if not source.is_dir():
         raise MedleyError(f"{source} does not exist")
     complete = [names for names in _SETS if all((source / name).is_file() for name in names)]
@@ -81,7 +111,25 @@ def find_files(source: Path) -> list[Path]:
         missing = [name for name in _SETS[0] if not (source / name).is_file()]
         hint = f"; turn its {pickles[0]} into safetensors first: medley convert {source}" if pickles else ""
         raise MedleyError(f"{source} has no {' and no '.join(missing)}{hint}")
-    files = [source / name for name in (*complete[0], *_MORE) if (source / name).is_file()]
-    if (source / "head_config.json") in files and HEAD_PICKLE in pickles:
+    names = [name for name in (*complete[0], *_MORE) if (source / name).is_file()]
+    if "head_config.json" in names and HEAD_PICKLE in pickles:
         raise MedleyError(f"{source} has its head in {HEAD_PICKLE} only; turn it into safetensors first: medley convert {source}")
-    return files
+    return [File(name, source / name) for name in names]
+
+
+def _find_model(source: Path, rank: int | None, exact: bool) -> list[File]:
+    if not (source / _MODEL_WEIGHTS).is_file():
+        shards = (source / f"{_MODEL_WEIGHTS}.index.json").is_file()
+        hint = (
+            "; its weights are in several files: save them in one with save_pretrained(…, max_shard_size='100GB')"
+            if shards
+            else ""
+        )
+        raise MedleyError(f"{source} is a model without {_MODEL_WEIGHTS}{hint}")
+    if exact == (rank is not None):
+        raise MedleyError(
+            f"{source} is a whole model, not an adapter: push it with --rank N (its difference to the base as rank N, small, with the error "
+            "reported), or with --exact (every difference as it is, large)"
+        )
+    config = {"medley_type": "FINE_TUNE", "rank": rank}
+    return [File(_CONFIG, json.dumps(config).encode()), File(_WEIGHTS, source / _MODEL_WEIGHTS)]

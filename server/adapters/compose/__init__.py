@@ -20,14 +20,12 @@ from server.adapters.compose.placed import compose_bottlenecks, compose_interven
 from server.adapters.compose.share import Conflict, Share, shares_of, who
 from server.adapters.compose.vocabulary import compose_embedding, compose_head
 from server.adapters.faults import Fault, LoweringError
+from server.adapters.identity import MAX_ADAPTERS, MAX_WEIGHT
 from server.adapters.ir import EmbedEdit, HeadEdit, InterventionEdit, LinearEdit, NormEdit, Program, Prologue, SideEdit
 from server.adapters.lower import MAX_PROGRAM_BYTES, cast
 from server.adapters.lower.base import Base
 
-MAX_PARTS = 8
-MAX_WEIGHT = 10.0
-
-__all__ = ["MAX_PARTS", "MAX_WEIGHT", "Part", "compose", "drop_layers"]
+__all__ = ["Part", "compose", "drop_layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +41,8 @@ def compose(parts: Sequence[Part], base: Base, *, max_bytes: int = MAX_PROGRAM_B
 
     What a single part with weight 1 edits is passed on as it is. ``max_bytes`` is watched while the program grows.
     """
-    if not 1 <= len(parts) <= MAX_PARTS:
-        raise _refusal("adapters", f"one to {MAX_PARTS} adapters can be combined", str(len(parts)))
+    if not 1 <= len(parts) <= MAX_ADAPTERS:
+        raise _refusal("adapters", f"one to {MAX_ADAPTERS} adapters can be combined", str(len(parts)))
     if any(not math.isfinite(part.weight) or abs(part.weight) > MAX_WEIGHT for part in parts):
         raise _refusal("adapters", f"weights are finite numbers from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
     faults: list[Fault] = []

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from server.adapters.base_spec import SiteSpec
 from server.adapters.faults import Fault, LoweringError
@@ -27,6 +28,7 @@ MAX_PROGRAM_BYTES = 1 << 30
 REFUSED = {
     "XLORA": "its gates mix adapters by each token's hidden states in two passes",
     "LILY": "its router averages over all tokens of the batch, so that a neighbour would change the result",
+    "PSOFT": "it rotates singular vectors of the base that are not stored, and whose signs differ from machine to machine",
     "SHADOW": "it runs a second model beside the base",
     "ADAMSS": "its segments are not stored in the checkpoint",
 }
@@ -49,7 +51,7 @@ def methods() -> Mapping[tuple[str, str], Method]:
 def lower(checkpoint: Checkpoint, base: Base, *, max_bytes: int = MAX_PROGRAM_BYTES) -> Program:
     """Lower a checkpoint onto the base. Raises LoweringError with every fault found."""
     method = method_of(checkpoint)
-    source = Source(checkpoint, base.spec, method.file)
+    source = Source(checkpoint, base.spec, max_bytes // base.dtype.itemsize, method.file)
     source.check_fields(method.fields)
     source.stop_if_faulty()
     program = method.lower(source, base)
@@ -97,10 +99,14 @@ def _name(checkpoint: Checkpoint) -> str:
 def cast(program: Program, base: Base) -> Program:
     """Matrices to the base's dtype; scales, shifts and other vectors stay at least fp32."""
     wide = torch.promote_types(base.dtype, torch.float32)
+    cast: dict[tuple[int, torch.dtype], Tensor] = {}
     for _, owner, name, tensor in list(program.tensors()):
         if tensor.is_floating_point():
-            is_wide = name in VECTORS or isinstance(owner, HeadLayer)
-            setattr(owner, name, tensor.to(wide if is_wide else base.dtype).contiguous())
+            dtype = wide if name in VECTORS or isinstance(owner, HeadLayer) else base.dtype
+            # What stands at two places (a table of a tied embedding and head) stays one tensor.
+            if (id(tensor), dtype) not in cast:
+                cast[id(tensor), dtype] = tensor.to(dtype).contiguous()
+            setattr(owner, name, cast[id(tensor), dtype])
     return program
 
 

@@ -6,8 +6,8 @@ from server.adapters.ir import Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.lora import METHOD as LORA
 from server.adapters.lower.method import Method, integer, no_effect, only
-from server.adapters.lower.replaced import lower_biases, lower_replaced_modules
 from server.adapters.lower.source import Source
+from server.adapters.lower.wrapped import Shapes, tensor_groups, with_saved_modules
 
 _EPSILON = 1e-5
 
@@ -18,22 +18,12 @@ def lower(source: Source, base: Base) -> Program:
     init_rank = source.config.get("init_r", 12)
     alpha = source.config.get("lora_alpha", 8)
     scale = (alpha if alpha > 0 else init_rank) / (init_rank + _EPSILON)
-    for site in source.sites:
-        spec = base.spec.site(site)
-        if spec is None or not source.has(site, "lora_A"):
-            continue
-        down = source.take(site, "lora_A", (None, spec.in_features))
-        up = source.take(site, "lora_B", (spec.out_features, None))
-        weights = source.take(site, "lora_E", (None, 1))
-        if down is None or up is None or weights is None or not down.shape[0] == up.shape[1] == weights.shape[0]:
-            source.fault("missing_tensor", site, "lora_A, lora_B and lora_E of one rank are needed")
-        elif down.shape[0]:
-            edit = program.linear(site)
-            edit.down = down.to(base.compute)
-            edit.up = (up.to(base.compute) * weights.to(base.compute).T * scale).T
-    lower_biases(source, base, program)
-    lower_replaced_modules(source, base, program)
-    return program
+    shapes: Shapes = {"lora_A": ("r", "in"), "lora_B": ("out", "r"), "lora_E": ("r", 1)}
+    for group in tensor_groups(source, base, "lora_", shapes, may_be_empty=True):
+        if group.sizes["r"]:
+            edit = program.linear(group.site)
+            edit.down, edit.up = group["lora_A"], (group["lora_B"] * group["lora_E"].T * scale).T
+    return with_saved_modules(source, base, program)
 
 
 METHOD = Method(
@@ -48,6 +38,7 @@ METHOD = Method(
         "init_lora_weights": no_effect,
         "trainable_token_indices": only(None),
         "alora_invocation_tokens": only(None),
+        **dict.fromkeys(("use_bdlora", "kasa_config", "velora_config", "monteclora_config"), only(None, False)),
         **dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"), no_effect),
     },
     lower=lower,

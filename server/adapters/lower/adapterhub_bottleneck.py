@@ -26,8 +26,6 @@ from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, boolean, no_effect, only, optional
 from server.adapters.lower.source import Source
 
-_MAX_RANK = 1 << 14
-_MAX_PRODUCT = 1 << 27
 _SHARED = ("shared_parameters.phm_rule", "shared_parameters.W_")
 _INTERFACE_FAMILIES = ("qwen2", "qwen3")
 
@@ -143,11 +141,10 @@ class _Tensors:
             self.source.fault("missing_tensor", f"{self.site}.{module}", message)
             return None, None
         size_in, size_out = rule.shape[1] * blocks.shape[1], rule.shape[2] * blocks.shape[2]
-        limit = max(_MAX_RANK, self.base.spec.hidden_size)
-        if max(size_in, size_out) > limit or (bias is not None and bias.shape[0] != size_out):
-            found = f"({size_in}, {size_out})"
-            self.source.fault("wrong_shape", f"{self.site}.{module}", "the PHM layer fits no bottleneck", found=found)
+        if bias is not None and bias.shape[0] != size_out:
+            self.source.fault("wrong_shape", f"{self.site}.{module}.b", "one number an output is needed", str(size_out))
             return None, None
+        self.source.reserve(size_in * size_out)
         matrix = torch.einsum("nab,nio->aibo", rule, blocks).reshape(size_in, size_out)
         return matrix, None if bias is None else bias.to(self.base.compute)
 
@@ -172,9 +169,10 @@ class _Tensors:
         whole, left, right = found
         if whole is not None or left is None or right is None:
             return whole
-        fits = left.shape[0] == right.shape[0] and left.shape[2] == right.shape[1]
-        # The product may be far larger than its factors.
-        return torch.bmm(left, right) if fits and left.shape[0] * left.shape[1] * right.shape[2] <= _MAX_PRODUCT else None
+        if left.shape[0] != right.shape[0] or left.shape[2] != right.shape[1]:
+            return None
+        self.source.reserve(left.shape[0] * left.shape[1] * right.shape[2])
+        return torch.bmm(left, right)
 
 
 def _bottleneck(tensors: _Tensors, placement: Placement, settings: Mapping[str, Any]) -> BottleneckEdit | None:

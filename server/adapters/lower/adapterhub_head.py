@@ -1,6 +1,6 @@
-"""What AdapterHub saves beside an adapter as its head: a classifier over an encoder, or a causal model's own output head.
+"""What AdapterHub saves beside an adapter as its head: a flexible classifier over an encoder, or the one head of a transformers class.
 
-A classifier is a chain ``[dropout, linear, act] * (layers - 1), dropout, linear`` over the first token's or every token's last hidden state;
+A flexible classifier is a chain ``[dropout, linear, act] * (layers - 1), dropout, linear`` over the first token's or every token's last hidden state;
 the indices of its linears are in their keys.
 """
 
@@ -16,6 +16,7 @@ from server.adapters.lower.adapterhub import ENVELOPE, activation, activation_na
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Rule, boolean, integer, no_effect, only, optional
 from server.adapters.lower.source import Source
+from server.adapters.lower.task_head import CLASSES, class_layers, head_labels
 
 _FILE = "head_config.json"
 _MAX_LAYERS = 16
@@ -33,12 +34,15 @@ _FIELDS: dict[str, Rule] = {
     "layers": integer(1, _MAX_LAYERS),
     "activation_function": optional(activation_name),
     "label2id": optional(_labels),
-    # The pooler belongs to the base, and is not loaded.
-    "use_pooler": only(False, None),
+    "use_pooler": optional(boolean),
     "bias": boolean,
     "dropout_prob": no_effect,
 }
-_ENVELOPE: dict[str, Rule] = {**ENVELOPE, **dict.fromkeys(("config", "name", "label2id", "num_labels"), no_effect)}
+_ENVELOPE: dict[str, Rule] = {
+    **ENVELOPE,
+    "label2id": optional(_labels),
+    **dict.fromkeys(("config", "name", "num_labels"), no_effect),
+}
 
 
 def lower_head(source: Source, base: Base, program: Program) -> None:
@@ -48,27 +52,34 @@ def lower_head(source: Source, base: Base, program: Program) -> None:
         return
     head = source.part(checkpoint, _FILE)
     head.check_fields(_ENVELOPE)
+    head.stop_if_faulty()
     values = head.config.get("config")
     if values is None:
-        _lower_own_head(head, base, program)
+        _lower_own_head(source, head, base, program)
     else:
-        _lower_classifier(head, base, program, options(head, values, _FIELDS), source.checkpoint.labels)
+        _lower_classifier(source, head, base, program, options(head, values, _FIELDS))
     head.check_all_used()
 
 
-def _lower_own_head(head: Source, base: Base, program: Program) -> None:
-    """A model class with one head of its own: the library always saves it, and it equals the base's unless it was trained."""
-    site = base.spec.head
-    if not site or not head.has(site, "weight"):
-        message = "the head of this model class is not served; use one with flexible heads, or a causal language model"
-        head.fault("unsupported_method", _FILE, message, found=repr(head.config.get("model_class"))[:80])
-        return
-    weight = head.take(site, "weight", (base.spec.vocab_size, base.spec.hidden_size))
-    if weight is not None and not torch.equal(weight.to(base.dtype).to(base.compute), base.weight(site)):
-        program.add(site, HeadEdit(weight=weight.to(base.compute)))
+def _lower_own_head(source: Source, head: Source, base: Base, program: Program) -> None:
+    """A model class with one head of its own: a classifier, or an output head, which equals the base's unless it was trained."""
+    site, model_class = base.spec.head, str(head.config.get("model_class"))
+    task = next((task for end, task in CLASSES.items() if model_class.endswith(end)), None)
+    if task is not None:
+        layers, pooling = class_layers(head, base, task)
+        found = [layer for layer in layers if layer is not None]
+        if len(found) == len(layers):
+            _classify(source, program, TaskHead(pooling, found), head.config.get("label2id"))
+    elif site and head.has(site, "weight"):
+        weight = head.take(site, "weight", (base.spec.vocab_size, base.spec.hidden_size))
+        if weight is not None and not torch.equal(weight.to(base.dtype).to(base.compute), base.weight(site)):
+            program.add(site, HeadEdit(weight=weight.to(base.compute)))
+    else:
+        message = "the head of this model class is not served; a causal language model's and classifiers are"
+        head.fault("unsupported_method", f"{_FILE}: model_class", message, found=model_class[:80])
 
 
-def _lower_classifier(head: Source, base: Base, program: Program, values: Mapping[str, Any], labels: tuple[str, ...]) -> None:
+def _lower_classifier(source: Source, head: Source, base: Base, program: Program, values: Mapping[str, Any]) -> None:
     kind, hidden = values.get("head_type", ""), base.spec.hidden_size
     if kind not in _POOLING or not base.spec.is_encoder:
         head.fault(
@@ -89,11 +100,27 @@ def _lower_classifier(head: Source, base: Base, program: Program, values: Mappin
             name = "linear" if is_last or not act else activation(head, act)
             layers.append(HeadLayer(weight.to(base.compute), None if bias is None else bias.to(base.compute), name))
     if len(layers) == len(indices):
-        count = layers[-1].weight.shape[0]
-        if labels and len(labels) != count:
-            head.fault("wrong_shape", "labels.json", "one name for every output is needed", str(count), str(len(labels)))
-        names = labels or _label_names(values.get("label2id"), count)
-        program.head = TaskHead(_POOLING[kind], layers, names, multi_label=kind == "multilabel_classification")
+        before = [_pooler(head, base)] if values.get("use_pooler") else []
+        is_multi = kind == "multilabel_classification"
+        _classify(source, program, TaskHead(_POOLING[kind], [*before, *layers], multi_label=is_multi), values.get("label2id"))
+
+
+def _classify(source: Source, program: Program, task_head: TaskHead, label2id: Mapping[str, int] | None) -> None:
+    """The program's head with its labels: those of labels.json, else the config's."""
+    count = task_head.layers[-1].weight.shape[0]
+    task_head.labels = head_labels(source, count, source.checkpoint.labels or _label_names(label2id, count))
+    task_head.multi_label |= count == 1
+    program.head = task_head
+
+
+def _pooler(head: Source, base: Base) -> HeadLayer:
+    """The base's own linear on the first token, which belongs to neither the adapter nor its head."""
+    name, width = base.spec.names.pooler, base.spec.hidden_size
+    weight, bias = base.parameter(f"{name}.weight"), base.parameter(f"{name}.bias")
+    if not name or weight is None or bias is None:
+        head.fault("missing_tensor", f"{_FILE}: config.use_pooler", "the base model has no pooler")
+        return HeadLayer(torch.zeros(width, width, dtype=base.compute))
+    return HeadLayer(weight, bias, "tanh")
 
 
 def _is_linear(name: str) -> bool:

@@ -127,6 +127,7 @@ def _pair(source: Source, base: Base, spec: SiteSpec, settings: Mapping[str, Any
     if not parts:
         return down.to(base.compute), up.T.to(base.compute)
     # Group i of A's rows feeds the third of the fused linear that is i-th among the chosen ones.
+    source.reserve(rank * count * spec.out_features)
     whole = torch.zeros(rank * count, spec.out_features, dtype=base.compute)
     for index, part in enumerate(parts):
         block = up[index * third : (index + 1) * third].T.to(base.compute)

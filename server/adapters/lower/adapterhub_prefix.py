@@ -70,6 +70,7 @@ def _network(source: Source, base: Base, length: int, width: int, act: str) -> T
     second_bias = source.take_shared(f"{_PREFIX}control_trans.2.bias", (width,))
     if inputs is None or first is None or first_bias is None or second is None or second_bias is None:
         return None
+    source.reserve(length * width)
     x, w1, b1, w2, b2 = (tensor.to(base.compute) for tensor in (inputs, first, first_bias, second, second_bias))
     return F.linear(ACTIVATIONS[act](F.linear(x, w1, b1)), w2, b2)
 

@@ -63,7 +63,7 @@ class Base:
         return torch.zeros(self._sites[site].out_features, dtype=self.compute) if stored is None else self._as_served(stored)
 
     def parameter(self, name: str) -> Tensor | None:
-        """A tensor of the base directory outside the sites (a pooler's weight), by its full name; None when there is none."""
+        """Any stored tensor by its full name, also one of no site (positions, a pooler's weight); None when there is none."""
         stored = self._weights.get(name)
         return None if stored is None else self._as_served(stored)
 

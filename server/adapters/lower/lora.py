@@ -1,5 +1,7 @@
 """LoRA (Hu et al. 2021) as PEFT stores it, with DoRA, rsLoRA, patterns, biases, replaced modules, token rows and activation points.
 
+Further variants are in ``lora_variants``.
+
 Formulas: docs/PEFT.md, and PEFT 0.21's ``tuners/lora``. ``s = alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``;
 ``y = base(x) + s * B(A x) [+ s * lora_bias]``.
 """
@@ -15,6 +17,14 @@ from torch import Tensor
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import Program
 from server.adapters.lower.base import Base
+from server.adapters.lower.lora_variants import (
+    block_settings,
+    check_combination,
+    drop_training_state,
+    settings,
+    take_blocks,
+    truncate_base,
+)
 from server.adapters.lower.method import (
     COMMON_FIELDS,
     Method,
@@ -51,6 +61,7 @@ def _indices(value: Any) -> str | None:
 def lower(source: Source, base: Base) -> Program:
     """Everything a PEFT LoRA checkpoint may hold, site by site."""
     program = Program(invocation_tokens=tuple(source.config.get("alora_invocation_tokens") or ()))
+    check_combination(source, changes_base=source.config.get("init_lora_weights") in REINITS)
     lower_token_rows(source, base, program, source.config.get("trainable_token_indices"))
     for site in source.sites:
         spec = base.spec.site(site)
@@ -87,9 +98,13 @@ def _lower_linear(source: Source, base: Base, program: Program, spec: SiteSpec) 
     if spec.kind not in ("linear", "head"):
         source.fault("wrong_module", site, f"LoRA matrices on a {spec.kind} are not defined")
         return
-    pair = _pair(source, site, ("lora_A.weight", (None, spec.in_features)), ("lora_B.weight", (spec.out_features, None)))
+    if source.config.get("use_bdlora"):
+        pair = take_blocks(source, spec)
+    else:
+        pair = _pair(source, site, ("lora_A.weight", (None, spec.in_features)), ("lora_B.weight", (spec.out_features, None)))
     if pair is None:
         return
+    drop_training_state(source, site)
     down, up = (tensor.to(base.compute) for tensor in pair)
     scale = scaling(source, site, down.shape[0])
     up = (up * scale).T
@@ -97,10 +112,12 @@ def _lower_linear(source: Source, base: Base, program: Program, spec: SiteSpec) 
     bias = source.take(site, "lora_B.bias", (spec.out_features,))
     if bias is not None:
         edit.shift = bias.to(base.compute) * scale
-    if source.has(site, "lora_magnitude_vector"):
-        down, up = _decompose(source, base, program, spec, down, up)
+    if source.config.get("kasa_config"):
+        down, up = truncate_base(source, base, spec, down, up)
     elif source.config.get("init_lora_weights") in REINITS:
         down, up = _restore_base(source, base, spec, down, up, scale)
+    if source.has(site, "lora_magnitude_vector"):
+        down, up = _decompose(source, base, program, spec, down, up)
     edit.down, edit.up = down, up
 
 
@@ -191,6 +208,12 @@ METHOD = Method(
         "alora_invocation_tokens": optional(token_ids),
         "modules_to_save": no_effect,
         "ensure_weight_tying": boolean,
+        "use_bdlora": block_settings,
+        "kasa_config": settings("beta", "gamma"),
+        "velora_config": settings("num_groups", "scale", "init_type"),
+        "monteclora_config": settings(
+            "num_samples", "use_entropy", "dirichlet_prior", "sample_scaler", "kl_loss_weight", "buffer_size"
+        ),
         # The tensors' own keys say where they belong.
         "target_modules": no_effect,
         "exclude_modules": no_effect,
@@ -211,11 +234,7 @@ METHOD = Method(
         "use_qalora": only(False, None),
         "layer_replication": only(None),
         "target_parameters": only(None),
-        "use_bdlora": only(None, False),
         "arrow_config": only(None),
-        "kasa_config": only(None),
-        "velora_config": only(None),
-        "monteclora_config": only(None),
     },
     lower=lower,
 )

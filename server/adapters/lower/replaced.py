@@ -41,7 +41,12 @@ def lower_replaced_modules(source: Source, base: Base, program: Program) -> None
         for tail in ("weight", "base_layer.weight"):
             if spec is None or not source.has(site, tail):
                 continue
-            weight = source.take(site, tail, _stored_shape(spec))
+            if tail == "weight" and spec.kind == "linear" and site in program.edits:
+                source.fault(
+                    "duplicate_tensor", f"{site}.weight", "the module is replaced as a whole, and changed by the method too"
+                )
+                continue
+            weight = source.take(site, tail, stored_shape(spec))
             bias = source.take(site, "bias", (spec.out_features,)) if tail == "weight" else None
             if weight is not None and (
                 spec.kind in ("norm", "linear") or not _equals_base(weight, site, base) or bias is not None
@@ -49,19 +54,21 @@ def lower_replaced_modules(source: Source, base: Base, program: Program) -> None
                 _replace(program, spec, weight.to(base.compute), bias, base)
 
 
-def lower_token_rows(source: Source, base: Base, program: Program, indices: Any) -> None:
+def lower_token_rows(
+    source: Source, base: Base, program: Program, indices: Any, *, field: str = "trainable_token_indices", tail: str = _ROWS
+) -> None:
     """``trainable_token_indices``: replacement rows, whose ids only the config knows; a tied head's rows are replaced with them."""
     embedding, head = base.spec.embedding, base.spec.head
     width = base.spec.hidden_size
     found = False
     for site in (embedding, head):
         ids = _row_ids(indices, site, embedding)
-        if not source.has(site, _ROWS):
+        if not source.has(site, tail):
             continue
         if not ids or max(ids) >= base.spec.vocab_size or len(set(ids)) != len(ids):
-            source.field_fault("trainable_token_indices", f"distinct ids below {base.spec.vocab_size} are needed for {site}")
+            source.field_fault(field, f"distinct ids below {base.spec.vocab_size} are needed for {site}")
             continue
-        rows = source.take(site, _ROWS, (len(ids), width))
+        rows = source.take(site, tail, (len(ids), width))
         if rows is None:
             continue
         order = torch.tensor(ids).argsort()
@@ -69,11 +76,11 @@ def lower_token_rows(source: Source, base: Base, program: Program, indices: Any)
         if site == embedding:
             edit = program.embed(site)
             edit.row_ids, edit.rows = row_ids, rows
-        if site == head or (base.spec.tied_head and not source.has(head, _ROWS)):
+        if site == head or (base.spec.tied_head and not source.has(head, tail)):
             program.add(head, HeadEdit(row_ids=row_ids, rows=rows))
         found = True
     if indices and not found:
-        source.field_fault("trainable_token_indices", f"the checkpoint lacks {_ROWS} for these tokens")
+        source.field_fault(field, f"the checkpoint lacks {tail} for these tokens")
 
 
 def _row_ids(indices: Any, site: str, embedding: str) -> list[int]:
@@ -98,7 +105,9 @@ def _replace(program: Program, spec: SiteSpec, weight: Tensor, bias: Tensor | No
         program.add(spec.name, HeadEdit(weight=weight, bias=bias))
     else:
         stored = weight.T if spec.transposed else weight
-        program.linear(spec.name).dense = stored - base.weight(spec.name)
+        edit = program.linear(spec.name)
+        dense = stored - base.weight(spec.name)
+        edit.dense = dense if edit.dense is None else edit.dense + dense
         if bias is not None:
             _shift(program, spec.name, bias.to(base.compute) - base.bias(spec.name))
 
@@ -108,7 +117,8 @@ def _shift(program: Program, site: str, shift: Tensor) -> None:
     edit.shift = shift if edit.shift is None else edit.shift + shift
 
 
-def _stored_shape(spec: SiteSpec) -> tuple[int, ...]:
+def stored_shape(spec: SiteSpec) -> tuple[int, ...]:
+    """The shape of a site's weight in a file: transposed for Conv1D."""
     if spec.kind == "norm":
         return (spec.out_features,)
     if spec.kind == "embedding" or spec.transposed:

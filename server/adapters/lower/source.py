@@ -20,12 +20,16 @@ from server.adapters.lower.keys import key_layout
 _LITERAL = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 _MAX_PATTERNS = 4096
 _MAX_FAULTS = 64
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Source:
     """Config and tensors, grouped by site. ``take`` marks a tensor as used; what is left over at the end is a fault."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: BaseSpec, file: str = "adapter_config.json") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, spec: BaseSpec, max_numbers: int = 1 << 28, file: str = "adapter_config.json"
+    ) -> None:
+        self._max_numbers = self._left = max_numbers
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.file = file
@@ -41,7 +45,7 @@ class Source:
 
     def part(self, checkpoint: Checkpoint, file: str) -> Source:
         """Another checkpoint that belongs to this one (a head, a fusion's child). What is wrong with it is wrong with this one too."""
-        part = Source(checkpoint, self._spec, file)
+        part = Source(checkpoint, self._spec, self._left, file)
         self._faults += part._faults
         part._faults = self._faults
         return part
@@ -88,7 +92,7 @@ class Source:
                 str(tuple(tensor.shape)),
             )
             return None
-        if tensor.is_floating_point() == integers:
+        if not (tensor.dtype in _INTEGERS if integers else tensor.is_floating_point()):
             wanted = "integers" if integers else "floating point"
             self.fault("wrong_dtype", key, f"the tensor must be {wanted}", found=str(tensor.dtype))
             return None
@@ -103,6 +107,17 @@ class Source:
     def _field_fault(self, values: Mapping[str, Any], prefix: str, field: str, message: str, expected: str | None = None) -> None:
         where = f"{self.file}: {prefix}{field}"
         self.fault("unsupported_field", where, message, expected, repr(values.get(field))[:120])
+
+    def reserve(self, count: int) -> None:
+        """Announce ``count`` numbers of the program that are about to be made: a few stored ones can stand for very many.
+
+        Raises LoweringError when the program would be larger than ``max_numbers`` in all.
+        """
+        self._left -= count
+        if self._left < 0:
+            expected = f"at most {self._max_numbers} numbers"
+            self.fault("program_too_large", "adapter", "the lowered adapter would be too large", expected)
+            self.stop_if_faulty()
 
     def stop_if_faulty(self) -> None:
         """Raise LoweringError with what was found so far, if anything."""

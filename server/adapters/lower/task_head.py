@@ -16,7 +16,7 @@ from server.adapters.lower.lora import scaling
 from server.adapters.lower.source import Source
 
 MAX_LABELS = 65536
-_CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 _WITHOUT_HEAD = (None, "", "CAUSAL_LM", "FEATURE_EXTRACTION")
 
 
@@ -31,7 +31,7 @@ def lower_task_head(source: Source, base: Base, program: Program) -> None:
     if program.invocation_tokens:
         source.field_fault("alora_invocation_tokens", "a classifier reads every prompt, also one without these tokens", "null")
         return
-    layers, pooling = _layers(source, base, task)
+    layers, pooling = class_layers(source, base, task)
     if layers and all(layer is not None for layer in layers):
         found = [layer for layer in layers if layer is not None]
         count = int(found[-1].weight.shape[0])
@@ -57,10 +57,11 @@ def _task(source: Source) -> object:
         return task
     mapping = source.config.get("auto_mapping")
     wrapped = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    return next((kind for end, kind in _CLASSES.items() if isinstance(wrapped, str) and wrapped.endswith(end)), None)
+    return next((kind for end, kind in CLASSES.items() if isinstance(wrapped, str) and wrapped.endswith(end)), None)
 
 
-def _layers(source: Source, base: Base, task: str) -> tuple[list[HeadLayer | None], Pooling]:
+def class_layers(source: Source, base: Base, task: str) -> tuple[list[HeadLayer | None], Pooling]:
+    """The layers over the backbone in transformers' class for a task; None for one that is recorded as missing or wrong."""
     family, hidden = base.spec.family, base.spec.hidden_size
     if task == "TOKEN_CLS":
         return [_layer(source, _present(source, "classifier", "score"), hidden)], "none"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,9 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from server.adapters.apply import StepEdits
 from server.adapters.bank import Bank
+from server.adapters.base_spec import SiteSpec
 from server.adapters.bottleneck import Streams, bottleneck_reference
-from server.adapters.compose import MAX_PARTS, Part, compose, drop_layers
+from server.adapters.compose import Part, compose, drop_layers
+from server.adapters.compose.share import Conflict, Share
+from server.adapters.compose.vocabulary import compose_head
 from server.adapters.faults import LoweringError
+from server.adapters.identity import MAX_ADAPTERS
 from server.adapters.ir import (
     BottleneckEdit,
     Edit,
@@ -318,7 +323,7 @@ RULES: dict[str, tuple[str, list[Part], str]] = {
         "cannot be combined",
     ),
     "no adapters": ("adapters", [], "one to 8"),
-    "too many adapters": ("adapters", [part(QUERY, LOW_RANK)] * (MAX_PARTS + 1), "one to 8"),
+    "too many adapters": ("adapters", [part(QUERY, LOW_RANK)] * (MAX_ADAPTERS + 1), "one to 8"),
     "a weight that is no number": ("adapters", [part(QUERY, LOW_RANK, weight=float("nan"))], "finite"),
     "a weight without bounds": ("adapters", [part(QUERY, LOW_RANK, weight=10.5)], "from -10 to 10"),
     "an overflow": (f"{QUERY}.shift", [part(QUERY, LinearEdit(shift=1e308 * torch.ones(32).double()), weight=5.0)], "overflows"),
@@ -393,6 +398,39 @@ def test_a_weight_is_folded_where_an_edit_is_linear_in_one_tensor(stand: Stand) 
     (changed,) = program.edits[LAYER]
     assert isinstance(changed, InterventionEdit)
     assert torch.equal(changed.project, moved.project * 0.5)
+
+
+class BiasedHead:
+    """A base whose head has a bias; no served family has one yet."""
+
+    compute = torch.float64
+    spec = SiteSpec(HEAD, "head", 3, 5, True, None)
+
+    def __init__(self) -> None:
+        self._weight, self._bias = R(5, 3), R(5)
+
+    def weight(self, _: str) -> Tensor:
+        return self._weight
+
+    def bias(self, _: str) -> Tensor:
+        return self._bias
+
+
+@pytest.mark.parametrize("biases", [(True, True), (True, False), (False, False)])
+def test_a_heads_bias_is_weighted_with_it(biases: tuple[bool, bool]) -> None:
+    base: Any = BiasedHead()
+    shares = [
+        Share(index, weight, HeadEdit(R(5, 3), R(5) if has_bias else None))
+        for index, (weight, has_bias) in enumerate(zip((0.5, 2.0), biases, strict=True))
+    ]
+    found = compose_head(shares, base.spec, base)
+    x = R(4, 3)
+    start = F.linear(x, base.weight(HEAD), base.bias(HEAD))
+    expected = start + sum(share.weight * (F.linear(x, share.edit.weight, share.edit.bias) - start) for share in shares)
+    assert found.weight is not None
+    torch.testing.assert_close(F.linear(x, found.weight, found.bias), expected)
+    with pytest.raises(Conflict, match="a head with a bias"):
+        compose_head([Share(0, 0.5, HeadEdit(row_ids=torch.tensor([1]), rows=R(1, 3)))], base.spec, base)
 
 
 STREAMS = ("sublayer", "residual", "sum", "normed")

@@ -8,18 +8,25 @@ from hypothesis import strategies as st
 from server.engine.block_manager import BlockManager
 from server.engine.scheduler import INPUT_PRICE, OUTPUT_PRICE, Schedule, Scheduler
 from server.engine.sequence import Sequence, SequenceState
-from server.engine.types import Request, SamplingParams
+from server.engine.types import BASE, ProgramRef, Request, SamplingParams
 
 BLOCK = 4
 
 
-def make(request_id: str, prompt: int, tokens: int, tenant: str, order: int) -> Sequence:
+def make(request_id: str, prompt: int, tokens: int, tenant: str, order: int, prologue: tuple[int, int] = (0, 0)) -> Sequence:
+    """A sequence; with a prologue it has the program that is named after it."""
     params = SamplingParams(max_tokens=tokens)
-    return Sequence(Request(request_id, tuple(range(5, 5 + prompt)), params, tenant=tenant), order)
+    program = ProgramRef(f"{prologue}", "file") if any(prologue) else BASE
+    sequence = Sequence(Request(request_id, tuple(range(5, 5 + prompt)), params, program, tenant), order)
+    sequence.start_with(*prologue, sum(prologue))
+    return sequence
 
 
 class Simulation:
-    """The engine's part around the scheduler: counts what was computed and appends a token where one is due."""
+    """The engine's part around the scheduler: counts what was computed and appends a token where one is due.
+
+    ``memory`` stands for the K/V: what was computed or copied at (block, offset), told by everything that it depends on.
+    """
 
     def __init__(self, *, num_blocks: int, max_running: int, max_batch_tokens: int, slots: int = 100) -> None:
         self.blocks = BlockManager(num_blocks, BLOCK)
@@ -31,6 +38,7 @@ class Simulation:
         )
         self.served: dict[str, int] = {}
         self.finished: list[str] = []
+        self.memory: dict[tuple[int, int], object] = {}
 
     def _pin(self, sequence: Sequence) -> bool:
         if len(self.pinned) == self.slots:
@@ -43,6 +51,7 @@ class Simulation:
 
     def step(self) -> Schedule:
         schedule = self.scheduler.schedule()
+        self.memory = {place: held for place, held in self.memory.items() if place[0] not in schedule.new_blocks}
         assert schedule.num_tokens <= self.budget
         assert len(self.scheduler.running) <= self.max_running
         assert len({id(item.sequence) for item in schedule.items}) == len(schedule.items)
@@ -50,8 +59,11 @@ class Simulation:
         for item in schedule.items:
             sequence = item.sequence
             assert item.count > 0
-            assert item.start == sequence.num_computed
+            assert item.start == sequence.num_computed >= sequence.num_prologue_kv
             assert len(sequence.block_table) * BLOCK >= item.start + item.count
+            self._remember(sequence, item.copied(BLOCK))
+            self._remember(sequence, range(item.start, item.start + item.count))
+            assert all(self._held(sequence, index) == content(sequence, index) for index in range(item.start + item.count))
             sequence.num_computed += item.count
             hashes = sequence.full_block_hashes(BLOCK)
             for index in range(sequence.num_computed // BLOCK):
@@ -64,26 +76,47 @@ class Simulation:
         self.blocks.check_integrity()
         return schedule
 
+    def _remember(self, sequence: Sequence, indices: range) -> None:
+        for index in indices:
+            self.memory[sequence.block_table[index // BLOCK], index % BLOCK] = content(sequence, index)
+
+    def _held(self, sequence: Sequence, index: int) -> object:
+        return self.memory[sequence.block_table[index // BLOCK], index % BLOCK]
+
+
+def content(sequence: Sequence, index: int) -> object:
+    """What the K/V at a kv index depends on."""
+    return sequence.tenant, sequence.program.program_id, tuple(sequence.tokens_between(0, index + 1))
+
 
 requests = st.lists(
-    st.tuples(st.integers(1, 30), st.integers(1, 12), st.sampled_from("abc"), st.integers(0, 6)), min_size=1, max_size=14
+    st.tuples(
+        st.integers(1, 30),
+        st.integers(1, 12),
+        st.sampled_from("abc"),
+        st.integers(0, 6),
+        st.sampled_from([(0, 0), (5, 0), (4, 0), (0, 9), (7, 6)]),
+    ),
+    min_size=1,
+    max_size=14,
 )
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     requests=requests,
-    num_blocks=st.integers(13, 40),
+    num_blocks=st.integers(16, 40),
     max_running=st.integers(1, 8),
     budget=st.integers(1, 40),
     slots=st.integers(1, 9),
 )
 def test_everything_ends_within_its_budgets(
-    requests: list[tuple[int, int, str, int]], num_blocks: int, max_running: int, budget: int, slots: int
+    requests: list[tuple[int, int, str, int, tuple[int, int]]], num_blocks: int, max_running: int, budget: int, slots: int
 ) -> None:
     world = Simulation(num_blocks=num_blocks, max_running=max_running, max_batch_tokens=budget, slots=slots)
     waiting = [
-        (start, make(str(index), prompt, tokens, tenant, index)) for index, (prompt, tokens, tenant, start) in enumerate(requests)
+        (start, make(str(index), prompt, tokens, tenant, index, prologue))
+        for index, (prompt, tokens, tenant, start, prologue) in enumerate(requests)
     ]
     for step in range(3000):
         for start, sequence in waiting:
