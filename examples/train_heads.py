@@ -9,7 +9,6 @@ frozen base. Well under a minute each on two CPU cores. Writes ``examples/heads/
 from __future__ import annotations
 
 import argparse
-import itertools
 import importlib.util
 import itertools
 import json
