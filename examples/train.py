@@ -90,7 +90,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def begin(model: Any, hint: torch.Tensor, config: Callable[..., Any]) -> torch.Tensor:
-    """Where virtual tokens begin: the hint's embeddings ``(n, hidden)``, or for a prefix its keys and values ``(n, layers * 2 * kv_heads * head_dim)``."""
+    """Where virtual tokens begin: the hint's embeddings ``(n, hidden)``, or for a prefix its keys and values, side by side."""
     if config is prompt:
         return model.get_input_embeddings()(hint)[0].clone()
     cache = model(hint, use_cache=True).past_key_values

@@ -24,6 +24,9 @@ class Tokenizer:
             raise TokenizerError(f"{directory} has no fast tokenizer (tokenizer.json)")
         self._tokenizer = loaded
         self._backend = loaded.backend_tokenizer
+        # tokenizer.json may ask for them, and would then change what a caller sent.
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._special = frozenset(loaded.all_special_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

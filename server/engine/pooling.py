@@ -5,23 +5,16 @@ Knows rows and a program's head; no scheduler and no model. Each sequence is a f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.adapters.activations import ACTIVATIONS
 from server.adapters.packed import TaskHeadLayout
 from server.engine.types import TaskResult
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda x: x,
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-}
-"""Activations of a classifier's layers; gelu is the exact one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +58,8 @@ def classification(rows: Tensor, head: TaskHeadLayout, extras: Mapping[str, Tens
         x = ACTIVATIONS[activation](F.linear(x.to(weight.dtype), weight, extras.get(f"task_head.{index}.bias")))
     if not bool(torch.isfinite(x).all()):
         return None
-    return TaskResult(_floats(x), head.labels, head.multi_label, per_token=head.pooling == "none")
+    labels = head.labels or tuple(f"LABEL_{index}" for index in range(x.shape[1]))
+    return TaskResult(_floats(x), labels, head.multi_label, per_token=head.pooling == "none")
 
 
 def _floats(rows: Tensor) -> tuple[tuple[float, ...], ...]:

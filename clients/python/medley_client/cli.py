@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="medley", description="Push adapters to a Medley server and generate text with them.")
+    parser = argparse.ArgumentParser(prog="medley", description="Push adapters to a Medley server and use them.")
     parser.add_argument("--version", action="version", version=f"medley {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -87,18 +87,23 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("reference", metavar="NAME")
     generate = command("generate", _generate, "Generate text, as it comes.")
     generate.add_argument("prompt")
-    generate.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME[:WEIGHT]",
-        help="adapter name; several, with weights, are added up; default: the base model",
-    )
     generate.add_argument("--adapter-drop", type=int, metavar="N", help="leave the first N layers without the adapters' edits")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, help="default: greedy")
     generate.add_argument("--seed", type=int)
     generate.add_argument("--raw", action="store_true", help="send the prompt as it is, without the chat template")
+    classify = command("classify", _classify, "Say what an adapter's classifier makes of texts.")
+    embed = command("embed", _embed, "Print the vector of each text, as JSON lines.")
+    for reader in (classify, embed):
+        reader.add_argument("texts", nargs="+", metavar="TEXT")
+    for chooser in (generate, classify, embed):
+        chooser.add_argument(
+            "--adapter",
+            action="append",
+            default=[],
+            metavar="NAME[:WEIGHT]",
+            help="adapter name; several, with weights, are added up; default: the base model",
+        )
     converting = command("convert", _convert, "Turn pickled adapter weights into safetensors, here.", remote=False)
     converting.add_argument("source", type=Path, metavar="DIR|FILE")
     converting.add_argument("--out", type=Path, help="directory to write to; default: beside the source")
@@ -208,6 +213,28 @@ def _generate(arguments: argparse.Namespace) -> int:
         return _print_json({"text": text, "tokens": count, "seconds": seconds, "time_to_first_token": first})
     sys.stdout.write("\n")
     err.print(f"{count} tokens, {count / seconds:.1f} tokens/s, first token after {first * 1000:.0f} ms", style="dim")
+    return 0
+
+
+def _classify(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        found = client.classify(arguments.texts, adapter=_chosen(arguments.adapter))
+    if arguments.json:
+        return _print_json([asdict(item) for item in found])
+    for text, item in zip(arguments.texts, found, strict=True):
+        if item.tokens:
+            shown = "  ".join(f"{token.text}={token.label}" for token in item.tokens if not token.special)
+        else:
+            shown = "  ".join(f"{label} {score:.1%}" for label, score in list(item.scores.items())[:5])
+        out.print(f"{shown}\t{text}", markup=False)
+    return 0
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        vectors = client.embed(arguments.texts, adapter=_chosen(arguments.adapter))
+    for vector in vectors:
+        sys.stdout.write(json.dumps(vector) + "\n")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +14,7 @@ import httpx
 
 from medley_client import wire
 from medley_client.errors import CannotConnect
-from medley_client.types import Adapter, AdapterChoice, Generated, PushedAdapter, Token
+from medley_client.types import Adapter, AdapterChoice, Classified, Generated, PushedAdapter, Token
 from medley_client.upload import Progress, Upload, find_files
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -76,6 +76,14 @@ class Medley:
     def chat(self, messages: list[dict[str, str]], *, adapter: AdapterChoice | None = None, **parameters: Any) -> str:
         """The assistant's answer to a conversation. ``parameters`` are those of /v1/chat/completions."""
         return str(self.request(wire.chat(messages, adapter, parameters))["choices"][0]["message"]["content"])
+
+    def classify(self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None) -> list[Classified]:
+        """What the adapter's classifier says of each text."""
+        return wire.read_classified(self.request(wire.classify(inputs, adapter)))
+
+    def embed(self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None) -> list[list[float]]:
+        """A vector of unit length for each text."""
+        return wire.read_embedded(self.request(wire.embed(inputs, adapter)))
 
     def models(self) -> list[str]:
         """Names that can be asked for: the base first, then the tenant's adapters."""
@@ -167,6 +175,12 @@ class AsyncMedley:
 
     async def chat(self, messages: list[dict[str, str]], *, adapter: AdapterChoice | None = None, **parameters: Any) -> str:
         return str((await self.request(wire.chat(messages, adapter, parameters)))["choices"][0]["message"]["content"])
+
+    async def classify(self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None) -> list[Classified]:
+        return wire.read_classified(await self.request(wire.classify(inputs, adapter)))
+
+    async def embed(self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None) -> list[list[float]]:
+        return wire.read_embedded(await self.request(wire.embed(inputs, adapter)))
 
     async def models(self) -> list[str]:
         return [item["id"] for item in (await self.request(wire.Call("GET", "/v1/models")))["data"]]

@@ -34,6 +34,29 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassifiedToken:
+    """What a classifier says of one token of a text."""
+
+    text: str
+    label: str
+    scores: dict[str, float]
+    special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """What a classifier says of one text. ``scores``: probabilities by label, the best first; ``labels``: those that apply, where several may.
+
+    A classifier of tokens gives ``tokens`` instead.
+    """
+
+    label: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    tokens: tuple[ClassifiedToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter on the server. ``facts``: method, rank, sites and sizes; ``residency``: replica → state."""
 

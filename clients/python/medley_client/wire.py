@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medley_client.errors import ApiError, Fault
-from medley_client.types import Adapter, AdapterChoice, Generated, PushedAdapter, Token
+from medley_client.types import Adapter, AdapterChoice, Classified, ClassifiedToken, Generated, PushedAdapter, Token
 
 RETRIES = 2
 MAX_WAIT_S = 120.0
@@ -40,10 +40,34 @@ def generate(prompt: str, adapter: AdapterChoice | None, stream: bool, parameter
 
 def chat(messages: list[dict[str, str]], adapter: AdapterChoice | None, parameters: Mapping[str, Any]) -> Call:
     """``parameters`` are those of /v1/chat/completions."""
-    body: dict[str, Any] = {"model": adapter if isinstance(adapter, str) else "base", "messages": messages, **parameters}
-    if adapter is not None and not isinstance(adapter, str):
-        body["adapters"] = _weighted(adapter)
-    return Call("POST", "/v1/chat/completions", body)
+    return Call("POST", "/v1/chat/completions", {**_model(adapter), "messages": messages, **parameters})
+
+
+def classify(inputs: Sequence[str], adapter: AdapterChoice | None) -> Call:
+    return Call("POST", "/v1/classify", {**_model(adapter), "input": list(inputs)})
+
+
+def embed(inputs: Sequence[str], adapter: AdapterChoice | None) -> Call:
+    return Call("POST", "/v1/embeddings", {**_model(adapter), "input": list(inputs)})
+
+
+def read_classified(body: Mapping[str, Any]) -> list[Classified]:
+    return [
+        Classified(
+            label=item.get("label", ""),
+            scores=dict(item.get("scores", {})),
+            labels=tuple(item.get("labels", ())),
+            tokens=tuple(
+                ClassifiedToken(token["token"], token["label"], dict(token["scores"]), token.get("special", False))
+                for token in item.get("tokens", ())
+            ),
+        )
+        for item in body["data"]
+    ]
+
+
+def read_embedded(body: Mapping[str, Any]) -> list[list[float]]:
+    return [list(item["embedding"]) for item in body["data"]]
 
 
 def read_generated(body: Mapping[str, Any]) -> Generated:
@@ -115,6 +139,13 @@ def retry_wait(attempt: int, status: int, headers: Mapping[str, str]) -> float |
 
 def _weighted(adapters: Mapping[str, float]) -> list[dict[str, Any]]:
     return [{"adapter": name, "weight": weight} for name, weight in adapters.items()]
+
+
+def _model(adapter: AdapterChoice | None) -> dict[str, Any]:
+    """How the routes under /v1 are told which adapters to use."""
+    if adapter is None or isinstance(adapter, str):
+        return {"model": adapter or "base"}
+    return {"model": "base", "adapters": _weighted(adapter)}
 
 
 def _token(item: Mapping[str, Any]) -> Token:

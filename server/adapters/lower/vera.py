@@ -12,7 +12,7 @@ from server.adapters.ir import Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, boolean, integer, no_effect
 from server.adapters.lower.source import Source
-from server.adapters.lower.wrapped import MAX_RANK, WRAPPED_FIELDS, shared_tensor, tensor_groups, with_saved_modules
+from server.adapters.lower.wrapped import MAX_RANK, WRAPPED_FIELDS, Shapes, shared_tensor, tensor_groups, with_saved_modules
 
 
 def lower(source: Source, base: Base) -> Program:
@@ -23,8 +23,8 @@ def lower_shared_projections(source: Source, base: Base, prefix: str, *, halves:
     """Low rank at every module. With ``halves`` 2, d and A are twice as long, and the first half acts."""
     program = Program()
     rank = source.config.get("r", 256)
-    shapes = {f"{prefix}_lambda_b": ("out",), f"{prefix}_lambda_d": ("d",)}
-    groups = list(tensor_groups(source, base, f"{prefix}_lambda_", shapes, sizes={"d": rank * halves}))
+    shapes: Shapes = {f"{prefix}_lambda_b": ("out",), f"{prefix}_lambda_d": (rank * halves,)}
+    groups = list(tensor_groups(source, base, f"{prefix}_lambda_", shapes))
     if groups:
         widest_in = max(group.spec.in_features for group in groups)
         widest_out = max(group.spec.out_features for group in groups)

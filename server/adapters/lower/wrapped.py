@@ -64,15 +64,13 @@ def tensor_groups(
     prefix: str,
     shapes: Shapes | Callable[[SiteSpec], Shapes],
     *,
-    sizes: Mapping[str, int] | None = None,
     integers: frozenset[str] = frozenset(),
     kinds: tuple[SiteKind, ...] = LINEARS,
     may_be_empty: bool = False,
 ) -> Iterator[Group]:
     """The group of every site that has a tensor whose key ends with ``prefix…``, in the base's order.
 
-    ``sizes`` are letters whose size is known beforehand; ``integers`` are tensors of integers. Empty tensors are refused unless
-    they ``may_be_empty``. A site whose group is incomplete, does
+    ``integers`` are tensors of integers. Empty tensors are refused unless they ``may_be_empty``. A site whose group is incomplete, does
     not fit, or stands at a module of another kind is a fault and is left out.
     """
     specs = base.spec.by_name()
@@ -84,7 +82,7 @@ def tensor_groups(
             source.fault("wrong_module", site, f"{prefix}… is not served on a module of the kind {spec.kind}")
             continue
         wanted = shapes(spec) if callable(shapes) else shapes
-        group = _take(source, base, spec, wanted, dict(sizes or {}), integers, may_be_empty)
+        group = _take(source, base, spec, wanted, integers, may_be_empty)
         if group is not None:
             yield group
 
@@ -142,15 +140,9 @@ def module_alpha(source: Source, site: str, default: float) -> float:
 
 
 def _take(
-    source: Source,
-    base: Base,
-    spec: SiteSpec,
-    shapes: Shapes,
-    sizes: dict[str, int],
-    integers: frozenset[str],
-    may_be_empty: bool,
+    source: Source, base: Base, spec: SiteSpec, shapes: Shapes, integers: frozenset[str], may_be_empty: bool
 ) -> Group | None:
-    sizes |= {"in": spec.in_features, "out": spec.out_features}
+    sizes = {"in": spec.in_features, "out": spec.out_features}
     found: dict[str, Tensor] = {}
     for tail, shape in shapes.items():
         where = f"{spec.name}.{tail}"
@@ -175,10 +167,10 @@ def _take(
 
 
 def _fits(tensor: Tensor, shape: tuple[str | int, ...], sizes: dict[str, int]) -> bool:
-    """Whether a tensor has a shape; letters met for the first time take their sizes from it."""
+    """Whether a tensor has a shape; letters met for the first time take their sizes from it, in ``sizes``."""
     known = dict(sizes)
     for size, actual in zip(shape, tensor.shape, strict=True):
         if (known.setdefault(size, actual) if isinstance(size, str) else size) != actual:
             return False
-    sizes |= known
+    sizes.update(known)
     return True

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.engine.base_dir import FAMILIES, UnsupportedBase, check_config, prepare_base
+from server.engine.base_dir import ENCODERS, FAMILIES, UnsupportedBase, check_config, prepare_base
 from tests.conftest import TinyModels
+from tests.tiny import ENCODERS as TINY_ENCODERS
 from tests.tiny import FAMILIES as TINY
 
 
@@ -24,10 +25,11 @@ def changed(source: Path, directory: Path, **fields: Any) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", [*TINY, *TINY_ENCODERS])
 def test_every_family_of_the_list_is_accepted(family: str, tiny_models: TinyModels) -> None:
     assert check_config(tiny_models(family)) == family
     assert set(TINY) == set(FAMILIES)
+    assert set(TINY_ENCODERS) == set(ENCODERS)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,20 @@ def test_refusals_say_why(fields: dict[str, Any], message: str, tiny_models: Tin
     with pytest.raises(UnsupportedBase, match=message):
         prepare_base(str(canary), tmp_path / "cache")
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"position_embedding_type": "relative_key"}, "relative position"),
+        ({"is_decoder": True}, "configured as a decoder"),
+        ({"add_cross_attention": True}, "configured as a decoder"),
+        ({"chunk_size_feed_forward": 4}, "chunk_size_feed_forward"),
+    ],
+)
+def test_encoders_that_are_refused(fields: dict[str, Any], message: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedBase, match=message):
+        check_config(changed(tiny_models("bert"), tmp_path / "model", **fields))
 
 
 def test_pickled_weights_are_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
