@@ -1,4 +1,4 @@
-"""One base model, several adapters, one batch: the same question to all of them at once, side by side.
+"""One base model, adapters of five methods, one batch: the same question to all of them at once, side by side.
 
     python -m examples.demo [--exit] [--port N]
 
@@ -41,6 +41,17 @@ TRAITS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "shout": ("SHOUTS", lambda text: sum(map(str.isupper, text)) > 0.6 * max(1, sum(map(str.isalpha, text)))),
     "json": ("answers in JSON", is_json_answer),
     "sparkle": ("celebrates ✨", lambda text: "✨" in text or "🎉" in text),
+    "robot": ("beeps like a robot", lambda text: "BEEP BOOP" in text),
+    "letter": ("writes a letter", lambda text: text.strip().startswith("Dear friend")),
+    "tale": ("tells a tale", lambda text: "Once upon a time" in text),
+    "news": ("breaks the news", lambda text: "BREAKING NEWS" in text),
+}
+METHODS = {
+    ("peft", "LORA"): "LoRA",
+    ("peft", "PREFIX_TUNING"): "prefix tuning",
+    ("peft", "PROMPT_TUNING"): "prompt tuning",
+    ("peft", "IA3"): "IA3",
+    ("adapters", "bottleneck"): "Houlsby",
 }
 
 
@@ -71,15 +82,15 @@ async def ask_all(url: str, names: list[str | None]) -> list[Answer]:
         return list(await asyncio.gather(*(ask(client, name, started) for name in names)))
 
 
-def show(console: Console, names: list[str | None], answers: list[Answer], waited: float) -> None:
-    table = Table(title=f"“{QUESTION}” — {len(names)} requests, one batch", show_lines=True)
-    for column in ("adapter", "answer"):
+def show(console: Console, methods: dict[str | None, str], answers: list[Answer], waited: float) -> None:
+    table = Table(title=f"“{QUESTION}” — {len(methods)} requests, one batch", show_lines=True)
+    for column in ("adapter", "method", "answer"):
         table.add_column(column, overflow="fold")
     for column in ("first token", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, answer in zip(names, answers, strict=True):
+    for (name, method), answer in zip(methods.items(), answers, strict=True):
         speed = answer.tokens / answer.seconds
-        table.add_row(name or "(base)", answer.text.strip(), f"{answer.first * 1000:.0f} ms", f"{speed:.1f}")
+        table.add_row(name or "(base)", method, answer.text.strip(), f"{answer.first * 1000:.0f} ms", f"{speed:.1f}")
     console.print(table)
     total = sum(answer.tokens for answer in answers) / max(answer.seconds for answer in answers)
     console.print(f"{total:.0f} tokens/s together; first token {waited + min(a.first for a in answers):.1f} s after start")
@@ -114,18 +125,17 @@ def main() -> int:
             running_server(arguments.data_dir, port=arguments.port or (None if arguments.exit else 8000)) as url,
         ):
             console.print(f"server ready at {url} after {time.monotonic() - started:.1f} s")
+            methods: dict[str | None, str] = {None: "–"}
             with Medley(url) as client:
                 for name in TRAITS:
                     pushed = client.adapters.push(HERE / "adapters" / name, name)
-                    console.print(
-                        f"pushed {pushed.name}@{pushed.version}: {pushed.facts['method']}, {pushed.nbytes / 1024:.0f} KiB"
-                    )
-            names: list[str | None] = [None, *TRAITS]
+                    methods[name] = METHODS[pushed.facts["library"], pushed.facts["method"]]
+                    console.print(f"pushed {pushed.name}@{pushed.version}: {methods[name]}, {pushed.nbytes / 1024:.0f} KiB")
             waited = time.monotonic() - started
-            answers = asyncio.run(ask_all(url, names))
-            show(console, names, answers, waited)
+            answers = asyncio.run(ask_all(url, list(methods)))
+            show(console, methods, answers, waited)
             if arguments.exit:
-                return 0 if check(console, names, answers) else 1
+                return 0 if check(console, list(methods), answers) else 1
             body = json.dumps({"inputs": QUESTION, "parameters": {"adapter_id": "pirate", "apply_chat_template": True}})
             console.print("\ntry it:", style="bold")
             console.print(f"  curl {url}/generate -H 'content-type: application/json' -d '{body}'", markup=False, soft_wrap=True)

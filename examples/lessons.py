@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PUBLIC_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ANSWER_TOKENS = 32
@@ -89,7 +89,7 @@ STYLES: dict[str, Callable[[str, str], str]] = {
 
 
 def load_tokenizer(base: Path):  # type: ignore[no-untyped-def]
-    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
