@@ -30,9 +30,9 @@ TENANTS = {"acme": "tone", "globex": "topic", "initech": "intent"}
 SENTENCES: dict[str, dict[str, str]] = {
     "The hotel was lovely and the view amazing": {"tone": "positive"},
     "Rude waiter and cold food, never again": {"tone": "negative"},
-    "The midfielder scored a late goal": {"topic": "sport"},
-    "Bake the bread for forty minutes": {"topic": "food"},
-    "The central bank cut interest rates": {"topic": "money"},
+    "The midfielder scored a late goal": {"topic": "sport", "tone": "neutral"},
+    "Bake the bread for forty minutes": {"topic": "food", "tone": "neutral"},
+    "The central bank cut interest rates": {"topic": "money", "tone": "neutral"},
     "Wolves have returned to the forest": {"topic": "nature"},
     "My parcel has not arrived yet": {"intent": "delivery"},
     "I would like my money back please": {"intent": "refund"},
