@@ -59,7 +59,6 @@ CASES = (
 )
 
 
-@pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")  # peft, of projections that a seed replaces
 @pytest.mark.parametrize(
     ("case", "family"),
     [pytest.param(case, family, id=f"{case.name}-{family}") for case in CASES for family in FAMILIES if family in case.families],

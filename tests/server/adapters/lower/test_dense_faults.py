@@ -129,7 +129,7 @@ MUTATIONS = {
 }
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_nothing_raises_anything_else(data: st.DataObject, base: Base, checkpoints: dict[str, Files]) -> None:
     config, tensors = checkpoints[data.draw(st.sampled_from(sorted(checkpoints)))]
