@@ -17,6 +17,7 @@ from torch import Tensor
 from server.adapters.base_spec import SiteSpec
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.ir import VECTORS, BottleneckEdit, HeadEdit, HeadLayer, LinearEdit, Program
+from server.adapters.lower.adapterhub_head import lower_head
 from server.adapters.lower.base import Base
 from server.adapters.lower.checkpoint import Checkpoint
 from server.adapters.lower.method import Method
@@ -55,14 +56,23 @@ def lower(checkpoint: Checkpoint, base: Base, *, max_bytes: int = MAX_PROGRAM_BY
     source.check_fields(method.fields)
     source.stop_if_faulty()
     program = method.lower(source, base)
-    if method.library == "peft":
-        lower_task_head(source, base, program)
+    _lower_head(source, base, program, method.library)
     source.check_all_used()
     source.stop_if_faulty()
     program = cast(program, base)
     _check(program, source, base, max_bytes)
     source.stop_if_faulty()
     return program
+
+
+def _lower_head(source: Source, base: Base, program: Program, library: str) -> None:
+    """What the library saves of heads, whatever the method beside them."""
+    if library == "peft":
+        lower_task_head(source, base, program)
+    if library == "adapters":
+        lower_head(source, base, program)
+    elif source.checkpoint.head is not None:
+        source.fault("unused_tensor", "model_head.safetensors", "only AdapterHub's adapters have their head in a file of its own")
 
 
 def method_of(checkpoint: Checkpoint) -> Method:

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from server.adapters.ir import BottleneckEdit, Placement, Program, Stream
 from server.adapters.lower.adapterhub import ENVELOPE, activation, activation_name, options
-from server.adapters.lower.adapterhub_head import lower_head
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, boolean, no_effect, only, optional
 from server.adapters.lower.source import Source
 
 _SHARED = ("shared_parameters.phm_rule", "shared_parameters.W_")
+_INVERTIBLE = ("inv_adapter", "invertible_adapter")
 _INTERFACE_FAMILIES = ("qwen2", "qwen3")
 
 
@@ -46,11 +46,10 @@ FIELDS: dict[str, Rule] = {
     **dict.fromkeys(("shared_phm_rule", "factorized_phm_rule", "factorized_phm_W", "shared_W_phm"), optional(boolean)),
     # The gate averages over all tokens of the sequence, those to come included.
     "use_gating": only(False, None),
-    # Invertible networks around the embeddings are not lowered.
-    "inv_adapter": only(None),
+    **dict.fromkeys(_INVERTIBLE, no_effect),
     # Keys and shapes say where bottlenecks are, how wide, and whether there are biases.
     **dict.fromkeys(("mh_adapter", "output_adapter", "cross_adapter", "reduction_factor", "leave_out", "phm_bias"), no_effect),
-    **dict.fromkeys(("phm_dim", "phm_rank", "inv_adapter_reduction_factor", "invertible_adapter"), no_effect),
+    **dict.fromkeys(("phm_dim", "phm_rank", "inv_adapter_reduction_factor"), no_effect),
     # Initialisation and training only.
     **dict.fromkeys(("init_weights", "init_weights_seed", "dropout", "stochastic_depth", "learn_phm", "phm_c_init"), no_effect),
     **dict.fromkeys(("phm_init_range", "hypercomplex_nonlinearity"), no_effect),
@@ -70,10 +69,9 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def lower(source: Source, base: Base) -> Program:
-    """A checkpoint of bottlenecks, with its head if it has one."""
+    """A checkpoint of bottlenecks."""
     program = Program()
     lower_bottlenecks(source, base, program, options(source, source.config.get("config"), FIELDS))
-    lower_head(source, base, program)
     return program
 
 
@@ -83,7 +81,12 @@ def lower_bottlenecks(source: Source, base: Base, program: Program, given: Mappi
     if not base.spec.sublayers:
         message = f"on {base.spec.family} norms stand between a sub-layer and the addition; no bottleneck is served there"
         source.fault("unsupported_method", f"{source.file}: config", message)
-        source.stop_if_faulty()
+    for field in _INVERTIBLE:
+        # Task adapters of adapter-transformers may name a network that only language adapters have; the library drops it too.
+        if settings.get(field) and source.config.get("type") != "text_task":
+            message = "networks around the embeddings are not served"
+            source.fault("unsupported_field", f"{source.file}: config.{field}", message, "null", repr(settings[field])[:80])
+    source.stop_if_faulty()
     placement = _placement(source, base, settings)
     shared = {name: source.take_shared(name, (None, None, None)) for name in source.shared if name.startswith(_SHARED)}
     for sublayer in base.spec.sublayers:

@@ -16,7 +16,6 @@ from server.adapters.ir import BottleneckEdit, FusionEdit, Placement, Program
 from server.adapters.lower.adapterhub import ENVELOPE, options
 from server.adapters.lower.adapterhub_bottleneck import FIELDS as BOTTLENECK_FIELDS
 from server.adapters.lower.adapterhub_bottleneck import lower_bottlenecks
-from server.adapters.lower.adapterhub_head import lower_head
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, boolean, no_effect, only
 from server.adapters.lower.source import Source
@@ -56,7 +55,6 @@ def lower(source: Source, base: Base) -> Program:
         for edit in here.values():
             program.add(sublayer.site, replace(edit, placement=replace(edit.placement, source=last.placement.source)))
         program.add(sublayer.site, _fusion(source, base, sublayer.site, last.placement, given))
-    lower_head(source, base, program)
     return program
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import Program
 from server.adapters.lower.adapterhub import ENVELOPE, before_1_1, options
-from server.adapters.lower.adapterhub_head import lower_head
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, boolean, integer, no_effect, number, only, optional
 from server.adapters.lower.source import Source
@@ -48,10 +47,9 @@ _DEFAULTS: dict[str, Any] = {"r": 8, "alpha": 8, "attn_matrices": ["q", "v"], "c
 
 
 def lower(source: Source, base: Base) -> Program:
-    """A checkpoint of one LoRA config, with its head if it has one."""
+    """A checkpoint of one LoRA config."""
     program = Program()
     lower_loras(source, base, program, options(source, source.config.get("config"), FIELDS))
-    lower_head(source, base, program)
     return program
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from server.adapters.activations import ACTIVATIONS
 from server.adapters.ir import Program, Prologue
 from server.adapters.lower.adapterhub import ENVELOPE, activation, activation_name, options
-from server.adapters.lower.adapterhub_head import lower_head
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, integer, no_effect, only
 from server.adapters.lower.source import Source
@@ -37,10 +36,9 @@ FIELDS: dict[str, Rule] = {
 
 
 def lower(source: Source, base: Base) -> Program:
-    """A checkpoint of one prefix, with its head if it has one."""
+    """A checkpoint of one prefix."""
     program = Program()
     lower_prefix(source, base, program, options(source, source.config.get("config"), FIELDS))
-    lower_head(source, base, program)
     return program
 
 

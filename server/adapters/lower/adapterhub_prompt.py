@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from server.adapters.ir import Program, Prologue
 from server.adapters.lower.adapterhub import ENVELOPE, options
-from server.adapters.lower.adapterhub_head import lower_head
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, integer, no_effect, only
 from server.adapters.lower.source import Source
@@ -39,7 +38,6 @@ def lower(source: Source, base: Base) -> Program:
             shifts=False,
             after_first=given.get("combine") == "prefix_after_bos",
         )
-    lower_head(source, base, program)
     return program
 
 

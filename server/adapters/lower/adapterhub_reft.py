@@ -11,7 +11,6 @@ from torch import Tensor
 
 from server.adapters.ir import InterventionEdit, Program
 from server.adapters.lower.adapterhub import ENVELOPE, activation, activation_name, options
-from server.adapters.lower.adapterhub_head import lower_head
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, integer, no_effect, only, optional
 from server.adapters.lower.source import Source
@@ -45,7 +44,6 @@ def lower(source: Source, base: Base) -> Program:
             source.fault("missing_tensor", site, "the unit of the first tokens needs learned_source and projection")
         else:
             program.add(site, edits[0])
-    lower_head(source, base, program)
     return program
 
 

@@ -11,7 +11,6 @@ from server.adapters.ir import Program
 from server.adapters.lower.adapterhub import ENVELOPE, options
 from server.adapters.lower.adapterhub_bottleneck import FIELDS as BOTTLENECK_FIELDS
 from server.adapters.lower.adapterhub_bottleneck import lower_bottlenecks
-from server.adapters.lower.adapterhub_head import lower_head
 from server.adapters.lower.adapterhub_lora import FIELDS as LORA_FIELDS
 from server.adapters.lower.adapterhub_lora import lower_loras
 from server.adapters.lower.adapterhub_prefix import FIELDS as PREFIX_FIELDS
@@ -48,7 +47,6 @@ def lower(source: Source, base: Base) -> Program:
     for index, (name, values) in enumerate(zip(names, configs, strict=True)):
         rules, lower_part = _PARTS[name]
         lower_part(source, base, program, options(source, values, rules, f"config.configs.{index}."))
-    lower_head(source, base, program)
     return program
 
 

@@ -103,6 +103,15 @@ def test_files_without_a_version_name_other_activations(base: Base) -> None:
     assert (_activation(lower(checkpoint, base)), _activation(lower(old, base))) == ("gelu", "gelu_new")
 
 
+def test_old_task_adapters_name_a_network_that_they_do_not_have(base: Base) -> None:
+    checkpoint = changed(golden("seq_bn"), invertible_adapter={"block_type": "nice", "reduction_factor": 2})
+    assert codes(checkpoint, base) == {"adapter_config.json: config.invertible_adapter": "unsupported_field"}
+    task = replace(checkpoint, config={**checkpoint.config, "type": "text_task"})
+    assert _same(lower(task, base), lower(golden("seq_bn"), base))
+    network = {**task.tensors, "model.invertible_adapters.golden.F.0.weight": torch.ones(2, 2)}
+    assert set(codes(replace(task, tensors=network), base).values()) == {"unmatched_tensor"}
+
+
 def test_old_names_of_bottlenecks(base: Base) -> None:
     checkpoint = golden("seq_bn")
     legacy = {
@@ -125,6 +134,12 @@ def test_versions_before_1_1_scaled_lora_by_one(version: str, scale: float, base
 def test_a_head_that_equals_the_bases_costs_nothing(base: Base) -> None:
     assert "lm_head" not in lower(golden("lm_head"), base).edits
     assert "lm_head" in lower(golden("lm_head_trained"), base).edits
+
+
+def test_a_head_beside_another_librarys_adapter_is_not_ignored(base: Base) -> None:
+    probe = Checkpoint({"medley_type": "PROBE"}, {"0.weight": torch.ones(2, 32), "0.bias": torch.ones(2)})
+    assert lower(probe, base).head is not None
+    assert codes(replace(probe, head=golden("lm_head").head), base) == {"model_head.safetensors": "unused_tensor"}
 
 
 @pytest.mark.parametrize("case", ["seq_bn", "phm_own", "lora", "prefix", "mam", "loreft", "fusion"])
