@@ -101,7 +101,8 @@ def main() -> int:
     keys = {tenant: key for tenant, (key, _) in made.items()}
     keys_file = arguments.data_dir / "keys.txt"
     keys_file.write_text("".join(f"{line}\n" for _, line in made.values()))
-    flags = ("--model", str(base_directory()), "--dtype", "float32", "--keys-file", str(keys_file))
+    # One thread: where cores are shared with other work, the threads of such small operations wait for each other.
+    flags = ("--model", str(base_directory()), "--dtype", "float32", "--keys-file", str(keys_file), "--threads", "1")
     try:
         with (
             console.status("starting the server"),
