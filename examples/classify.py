@@ -30,9 +30,9 @@ TENANTS = {"acme": "tone", "globex": "topic", "initech": "intent"}
 SENTENCES: dict[str, dict[str, str]] = {
     "The hotel was lovely and the view amazing": {"tone": "positive"},
     "Rude waiter and cold food, never again": {"tone": "negative"},
-    "The midfielder scored a late goal": {"topic": "sport"},
-    "Bake the bread for forty minutes": {"topic": "food"},
-    "The central bank cut interest rates": {"topic": "money"},
+    "The midfielder scored a late goal": {"topic": "sport", "tone": "neutral"},
+    "Bake the bread for forty minutes": {"topic": "food", "tone": "neutral"},
+    "The central bank cut interest rates": {"topic": "money", "tone": "neutral"},
     "Wolves have returned to the forest": {"topic": "nature"},
     "My parcel has not arrived yet": {"intent": "delivery"},
     "I would like my money back please": {"intent": "refund"},
@@ -101,7 +101,8 @@ def main() -> int:
     keys = {tenant: key for tenant, (key, _) in made.items()}
     keys_file = arguments.data_dir / "keys.txt"
     keys_file.write_text("".join(f"{line}\n" for _, line in made.values()))
-    flags = ("--model", str(base_directory()), "--dtype", "float32", "--keys-file", str(keys_file))
+    # One thread: where cores are shared with other work, the threads of such small operations wait for each other.
+    flags = ("--model", str(base_directory()), "--dtype", "float32", "--keys-file", str(keys_file), "--threads", "1")
     try:
         with (
             console.status("starting the server"),

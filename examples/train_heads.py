@@ -3,7 +3,7 @@
     python -m examples.train_heads [NAME …]
 
 ``tone`` is a LoRA adapter with BERT's own classifier, saved by PEFT; ``topic`` is a linear probe and ``intent`` an MLP probe on the
-frozen base. Well under a minute each on two CPU cores. Writes ``examples/heads/NAME``, below 300 KB. What the demo asks is not in here.
+frozen base. About two minutes together on two CPU cores. Writes ``examples/heads/NAME``, below 100 KB. What the demo asks is not in here.
 """
 
 from __future__ import annotations

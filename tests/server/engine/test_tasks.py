@@ -92,6 +92,17 @@ def test_only_the_last_row_may_come_after_cached_blocks(tiny_models: TinyModels,
     engine.close()
 
 
+def test_preemption_starts_the_pooling_again(tiny_models: TinyModels, tmp_path: Path) -> None:
+    base = tiny_models("llama")
+    program = make_probe(base, tmp_path / "mean", pooling="mean")
+    # Five blocks: the generating request takes its second one while the other's prompt is under way.
+    engine = make_engine(base, max_batch_tokens=18, kv_cache_bytes=6 * 4096)
+    results = run(engine, [greedy("g", LONG[:16], tokens=30), ask("m", LONG, program)])
+    assert engine.stats().counters["preemptions"] == 1
+    engine.close()
+    torch.testing.assert_close(results["m"].rows, expected_rows(base, LONG, "mean", tmp_path / "mean"), atol=1e-5, rtol=0)
+
+
 def test_an_adapter_with_a_classifier_still_generates_as_the_base(tiny_models: TinyModels, tmp_path: Path) -> None:
     base = tiny_models("llama")
     engine = make_engine(base)
