@@ -28,6 +28,14 @@ CASES = (
         ),
         kept=("ln_tuning_layers",),
     ),
+    # Norms of each head, in front of attention.
+    Case(
+        "ln-tuning-heads",
+        lambda _: LNTuningConfig(target_modules=["q_norm", "k_norm"], **COMMON),
+        ("qwen3",),
+        kept=("ln_tuning_layers",),
+        scale=0.5,
+    ),
     # Qwen2 and GPT-2 have the embedding as their head, too.
     Case(
         "trainable-tokens",
