@@ -146,7 +146,7 @@ class Generation:
             raise from_store_error(error) from error
         except LoweringError as error:
             raise from_lowering_error(error) from error
-        return ProgramRef(program.program_id, str(program.path), program.facts.get("virtual_tokens", 0)), digests
+        return ProgramRef(program.program_id, str(program.path), program.facts.get("room_taken", 0)), digests
 
     async def _program(
         self, tenant: str, named: Sequence[tuple[str, float]], drop: int
