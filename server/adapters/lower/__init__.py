@@ -151,7 +151,9 @@ def _check_prologue(program: Program, source: Source, base: Base) -> None:
         found = f"{len(prologue)} virtual tokens"
         source.fault("program_too_large", "adapter", "no room is left for a prompt", f"fewer than {spec.max_positions}", found)
     if len(prologue) and program.invocation_tokens:
-        source.fault("unsupported_field", "adapter", "virtual tokens or a prefix, in a program that acts only from tokens of the prompt on")
+        source.fault(
+            "unsupported_field", "adapter", "virtual tokens or a prefix, in a program that acts only from tokens of the prompt on"
+        )
     if prologue.after_first and not spec.is_encoder:
         source.fault(
             "unsupported_field",
