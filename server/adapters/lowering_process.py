@@ -112,6 +112,7 @@ def _facts(program: Program) -> dict[str, Any]:
         "program_bytes": program.nbytes,
         "virtual_tokens": len(program.prologue),
         "labels": list(program.head.labels) if program.head is not None else [],
+        "pooling": program.head.pooling if program.head is not None else None,
         **({"notes": program.notes} if program.notes else {}),
     }
 
