@@ -37,9 +37,15 @@ def read_config(path: Path, label: str = "adapter_config.json") -> dict[str, Any
 def read_labels(path: Path, label: str) -> tuple[str, ...]:
     """The names of a classifier's outputs, in order, or ConfigFault."""
     names = _read(path, label)
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and 0 < len(name) <= MAX_LABEL for name in names):
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str) and 0 < len(name) <= MAX_LABEL for name in names)
+    ):
         raise ConfigFault(
-            f"must be a list of at least one string, each of 1 to {MAX_LABEL} characters", label, f"{type(names).__name__}: {names!r}"[:80]
+            f"must be a list of at least one string, each of 1 to {MAX_LABEL} characters",
+            label,
+            f"{type(names).__name__}: {names!r}"[:80],
         )
     if unprintable := [name for name in names if not name.isprintable()]:
         raise ConfigFault("labels are shown on terminals; leave control characters out", label, repr(unprintable[0])[:80])
