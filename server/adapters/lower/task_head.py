@@ -110,7 +110,7 @@ def _pooler(source: Source, base: Base) -> HeadLayer | None:
     stored = next((key for prefix in (base.spec.backbone_prefix, "") if f"{(key := prefix + name)}.weight" in source.shared), "")
     if stored:
         return _layer(source, stored, hidden, square=True, activation="tanh")
-    weight, bias = base.parameter(f"{name}.weight"), base.parameter(f"{name}.bias")
+    weight, bias = base.parameter(f"{name}.weight"), _bias(source, base, name)
     if weight is None or bias is None:
         source.fault(
             "missing_tensor",
@@ -119,6 +119,15 @@ def _pooler(source: Source, base: Base) -> HeadLayer | None:
         )
         return None
     return HeadLayer(_with_low_rank(source, base, name, weight), bias, "tanh")
+
+
+def _bias(source: Source, base: Base, name: str) -> Tensor | None:
+    """The base's bias, or the one that was trained in its place (``bias="all"``; of a module with LoRA ``"lora_only"``)."""
+    for prefix in (base.spec.backbone_prefix, ""):
+        for tail in ("bias", "base_layer.bias"):
+            if (key := f"{prefix}{name}.{tail}") in source.shared:
+                return source.take_shared(key, (base.spec.hidden_size,))
+    return base.parameter(f"{name}.bias")
 
 
 def _with_low_rank(source: Source, base: Base, name: str, weight: Tensor) -> Tensor:
@@ -143,7 +152,7 @@ def _pre_classifier(source: Source, base: Base) -> HeadLayer | None:
     """DistilBERT's linear before the classifier. PEFT does not save it by itself, so that the base must have it, or it is lost."""
     if "pre_classifier.weight" in source.shared:
         return _layer(source, "pre_classifier", base.spec.hidden_size, square=True, activation="relu")
-    weight, bias = base.parameter("pre_classifier.weight"), base.parameter("pre_classifier.bias")
+    weight, bias = base.parameter("pre_classifier.weight"), _bias(source, base, "pre_classifier")
     if weight is None or bias is None:
         source.fault(
             "missing_tensor",
