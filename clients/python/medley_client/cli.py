@@ -206,7 +206,8 @@ def _generate(arguments: argparse.Namespace) -> int:
             count += 1
             text = token.generated_text or text
             if not arguments.json and not token.special:
-                sys.stdout.write(_printable(token.text))
+                # A pipe gets what the model said as it is.
+                sys.stdout.write(_printable(token.text) if sys.stdout.isatty() else token.text)
                 sys.stdout.flush()
     seconds = time.monotonic() - started
     if arguments.json:
