@@ -47,7 +47,16 @@ CASES = (
     ),
 )
 
+# A family's own: norms of each head, in front of attention.
+QWEN3 = Case(
+    "ln-tuning-heads",
+    lambda _: LNTuningConfig(target_modules=["q_norm", "k_norm"], **COMMON),
+    ("qwen3",),
+    kept=("ln_tuning_layers",),
+    scale=0.5,
+)
 
-@pytest.mark.parametrize(("family", "case"), by_family(CASES))
+
+@pytest.mark.parametrize(("family", "case"), by_family((*CASES, QWEN3)))
 def test_equals_peft(family: str, case: Case, tiny_models: TinyModels, tmp_path: Path) -> None:
     check_case(case, family, tiny_models(family), tmp_path)
