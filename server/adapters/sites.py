@@ -200,16 +200,17 @@ class NormSite(Site):
         return self._normed(x, edits) if work is None else self._joined(x, edits, work)
 
     def _normed(self, x: Tensor, edits: StepEdits) -> Tensor:
-        """``x (1, T, …, width)``; between T and the width there may be heads."""
+        """``x (1, T, …, width)``, or ``(T, width)`` in families that flatten; between T and the width there may be heads."""
         y: Tensor = self.inner(x)
         runs = edits.extras(self.spec.name, "norm")
         if runs:
+            given, made = (x, y) if x.dim() == 2 else (x[0], y[0])
             for start, end, found in runs:
                 if end - start >= LONG_RUN:
-                    y[:, start:end] = torch.func.functional_call(self.inner, found, (x[:, start:end],))
+                    made[start:end] = torch.func.functional_call(self.inner, found, (given[start:end],))
             short = edits.once(f"{self.spec.name} norms", lambda: self._short(runs))
             if short is not None:
-                y[0].index_copy_(0, short.rows, self._by_row(x[0].index_select(0, short.rows), short))
+                made.index_copy_(0, short.rows, self._by_row(given.index_select(0, short.rows), short))
         self.put_virtual(y)
         return y
 

@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         err.print(f"medley: {error}", markup=False)
         return UNREACHABLE
     except ApiError as error:
-        err.print(f"medley: {error.message}", markup=False)
+        err.print(_printable(f"medley: {error.message}"), markup=False)
         for fault in error.faults:
             compared = f" (expected {fault.expected}, found {fault.found})" if fault.expected else ""
-            err.print(f"  - {fault.where}: {fault.message}{compared}", markup=False)
+            err.print(_printable(f"  - {fault.where}: {fault.message}{compared}"), markup=False)
         if error.request_id:
             err.print(f"  request id: {error.request_id}", markup=False)
         return FAILED
@@ -87,13 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("reference", metavar="NAME")
     generate = command("generate", _generate, "Generate text, as it comes.")
     generate.add_argument("prompt")
-    generate.add_argument("--adapter-drop", type=int, metavar="N", help="leave the first N layers without the adapters' edits")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, help="default: greedy")
     generate.add_argument("--seed", type=int)
     generate.add_argument("--raw", action="store_true", help="send the prompt as it is, without the chat template")
     classify = command("classify", _classify, "Say what an adapter's classifier makes of texts.")
-    embed = command("embed", _embed, "Print the vector of each text, as JSON lines.")
+    embed = command("embed", _embed, "Print the vector of each text, one JSON line each (--json: one list of all).")
     for reader in (classify, embed):
         reader.add_argument("texts", nargs="+", metavar="TEXT")
     for chooser in (generate, classify, embed):
@@ -104,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME[:WEIGHT]",
             help="adapter name; several, with weights, are added up; default: the base model",
         )
+        chooser.add_argument("--adapter-drop", type=int, metavar="N", help="leave the first N layers without the adapters' edits")
     converting = command("convert", _convert, "Turn pickled adapter weights into safetensors, here.", remote=False)
     converting.add_argument("source", type=Path, metavar="DIR|FILE")
     converting.add_argument("--out", type=Path, help="directory to write to; default: beside the source")
@@ -144,7 +144,7 @@ def _push(arguments: argparse.Namespace) -> int:
     if notes := _notes(facts):
         out.print(notes)
     if pushed.skipped:
-        err.print(f"not needed, left out: {', '.join(pushed.skipped)}", markup=False)
+        err.print(_printable(f"not needed, left out: {', '.join(pushed.skipped)}"), markup=False)
     return 0
 
 
@@ -206,7 +206,8 @@ def _generate(arguments: argparse.Namespace) -> int:
             count += 1
             text = token.generated_text or text
             if not arguments.json and not token.special:
-                sys.stdout.write(token.text)
+                # A pipe gets what the model said as it is.
+                sys.stdout.write(_printable(token.text) if sys.stdout.isatty() else token.text)
                 sys.stdout.flush()
     seconds = time.monotonic() - started
     if arguments.json:
@@ -218,7 +219,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _classify(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
-        found = client.classify(arguments.texts, adapter=_chosen(arguments.adapter))
+        found = client.classify(arguments.texts, adapter=_chosen(arguments.adapter), adapter_drop=arguments.adapter_drop)
     if arguments.json:
         return _print_json([asdict(item) for item in found])
     for text, item in zip(arguments.texts, found, strict=True):
@@ -232,7 +233,9 @@ def _classify(arguments: argparse.Namespace) -> int:
 
 def _embed(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
-        vectors = client.embed(arguments.texts, adapter=_chosen(arguments.adapter))
+        vectors = client.embed(arguments.texts, adapter=_chosen(arguments.adapter), adapter_drop=arguments.adapter_drop)
+    if arguments.json:
+        return _print_json(vectors)
     for vector in vectors:
         sys.stdout.write(json.dumps(vector) + "\n")
     return 0
@@ -268,12 +271,24 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
         ("digest", adapter.digest),
         ("method", f"{facts.get('method')}, rank {facts.get('rank')}"),
         *([("notes", notes)] if (notes := _notes(facts)) else []),
-        ("modules", ", ".join(facts.get("modules", []))),
+        *([("modules", modules)] if (modules := ", ".join(facts.get("modules", []))) else []),
+        *([("labels", labels)] if (labels := _some(facts.get("labels", []))) else []),
+        *([("virtual", f"{count} tokens in front of every prompt")] if (count := facts.get("virtual_tokens")) else []),
         ("size", f"{_size(adapter.nbytes)} stored, {_size(facts.get('program_bytes', 0))} on the device"),
         ("created", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(adapter.created))),
         ("versions", versions),
         ("residency", resident),
     ]
+
+
+def _printable(text: str) -> str:
+    """What files and models say must not steer the terminal."""
+    return "".join(char if char in "\n\t" or ord(char) >= 160 or 32 <= ord(char) < 127 else "\ufffd" for char in text)
+
+
+def _some(names: list[str], limit: int = 12) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _notes(facts: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from server.adapters.lower.adapterhub import ENVELOPE, activation, activation_na
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Rule, boolean, integer, no_effect, only, optional
 from server.adapters.lower.source import Source
-from server.adapters.lower.task_head import CLASSES, class_layers, head_labels
+from server.adapters.lower.task_head import CLASSES, MAX_LABELS, class_layers, head_labels
 
 _FILE = "head_config.json"
 _MAX_LAYERS = 16
@@ -24,13 +24,13 @@ _POOLING: dict[str, Pooling] = {"classification": "first", "multilabel_classific
 
 
 def _labels(value: Any) -> str | None:
-    fits = isinstance(value, dict) and len(value) <= 65536 and all(type(index) is int for index in value.values())
+    fits = isinstance(value, dict) and len(value) <= MAX_LABELS and all(type(index) is int for index in value.values())
     return None if fits else "an object of label names and their indices"
 
 
 _FIELDS: dict[str, Rule] = {
     "head_type": only(*_POOLING),
-    "num_labels": integer(1, 1 << 20),
+    "num_labels": integer(1, MAX_LABELS),
     "layers": integer(1, _MAX_LAYERS),
     "activation_function": optional(activation_name),
     "label2id": optional(_labels),

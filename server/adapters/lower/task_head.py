@@ -15,7 +15,8 @@ from server.adapters.lower.base import Base
 from server.adapters.lower.lora import scaling
 from server.adapters.lower.source import Source
 
-MAX_LABELS = 65536
+MAX_LABELS, MAX_LABEL_LENGTH = 4096, 256
+"""Every reply names every label, so that a classifier's size is everybody's business."""
 CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 _WITHOUT_HEAD = (None, "", "CAUSAL_LM", "FEATURE_EXTRACTION")
 
@@ -42,11 +43,19 @@ def lower_task_head(source: Source, base: Base, program: Program) -> None:
 
 def head_labels(source: Source, count: int, given: Sequence[str] = ()) -> tuple[str, ...]:
     """Names of a classifier's outputs: those that came with the checkpoint, else LABEL_0 and so on, as transformers has it."""
-    labels = tuple(given) or tuple(source.checkpoint.labels) or tuple(f"LABEL_{index}" for index in range(min(count, MAX_LABELS)))
+    if not 0 < count <= MAX_LABELS:
+        source.fault("wrong_shape", "labels", "this classifier has too few or too many outputs", f"1 to {MAX_LABELS}", str(count))
+        return ()
+    labels = tuple(given) or tuple(source.checkpoint.labels) or tuple(f"LABEL_{index}" for index in range(count))
+    if source.checkpoint.labels and labels != tuple(source.checkpoint.labels):
+        source.fault("unsupported_field", "labels.json", "the config names the outputs too, and differently; leave one out")
     if len(labels) != count:
         source.fault("wrong_shape", "labels", "the classifier needs one label an output", str(count), str(len(labels)))
     elif len(set(labels)) != count:
         source.fault("unsupported_field", "labels", "labels must be distinct")
+    if odd := next((label for label in labels if not (0 < len(label) <= MAX_LABEL_LENGTH and label.isprintable())), None):
+        expected = f"1 to {MAX_LABEL_LENGTH} printable characters"
+        source.fault("unsupported_field", "labels", "a label cannot be shown", expected, repr(odd)[:80])
     return labels
 
 
@@ -92,9 +101,6 @@ def _layer(source: Source, name: str, hidden: int, *, square: bool = False, acti
     if weight is None:
         return None
     bias = source.take_shared(f"{name}.bias", (weight.shape[0],))
-    if not 0 < weight.shape[0] <= MAX_LABELS:
-        source.fault("wrong_shape", f"{name}.weight", "a classifier has at least one output", f"1 to {MAX_LABELS}")
-        return None
     return HeadLayer(weight, bias, activation)
 
 
@@ -104,7 +110,7 @@ def _pooler(source: Source, base: Base) -> HeadLayer | None:
     stored = next((key for prefix in (base.spec.backbone_prefix, "") if f"{(key := prefix + name)}.weight" in source.shared), "")
     if stored:
         return _layer(source, stored, hidden, square=True, activation="tanh")
-    weight, bias = base.parameter(f"{name}.weight"), base.parameter(f"{name}.bias")
+    weight, bias = base.parameter(f"{name}.weight"), _bias(source, base, name)
     if weight is None or bias is None:
         source.fault(
             "missing_tensor",
@@ -113,6 +119,15 @@ def _pooler(source: Source, base: Base) -> HeadLayer | None:
         )
         return None
     return HeadLayer(_with_low_rank(source, base, name, weight), bias, "tanh")
+
+
+def _bias(source: Source, base: Base, name: str) -> Tensor | None:
+    """The base's bias, or the one that was trained in its place (``bias="all"``; of a module with LoRA ``"lora_only"``)."""
+    for prefix in (base.spec.backbone_prefix, ""):
+        for tail in ("bias", "base_layer.bias"):
+            if (key := f"{prefix}{name}.{tail}") in source.shared:
+                return source.take_shared(key, (base.spec.hidden_size,))
+    return base.parameter(f"{name}.bias")
 
 
 def _with_low_rank(source: Source, base: Base, name: str, weight: Tensor) -> Tensor:
@@ -137,7 +152,7 @@ def _pre_classifier(source: Source, base: Base) -> HeadLayer | None:
     """DistilBERT's linear before the classifier. PEFT does not save it by itself, so that the base must have it, or it is lost."""
     if "pre_classifier.weight" in source.shared:
         return _layer(source, "pre_classifier", base.spec.hidden_size, square=True, activation="relu")
-    weight, bias = base.parameter("pre_classifier.weight"), base.parameter("pre_classifier.bias")
+    weight, bias = base.parameter("pre_classifier.weight"), _bias(source, base, "pre_classifier")
     if weight is None or bias is None:
         source.fault(
             "missing_tensor",
