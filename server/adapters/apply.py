@@ -107,7 +107,7 @@ class SiteWork:
 
     @property
     def rotates(self) -> bool:
-        return any("rotation" in found for _, _, found in self.loose)
+        return bool(self.loose) and any("rotation" in found for _, _, found in self.loose)
 
 
 class StepEdits:
