@@ -136,7 +136,11 @@ def test_programs_with_prologues_and_heads_come_and_go_while_others_run(
     blocks: int, model: Path, refs: dict[str, ProgramRef]
 ) -> None:
     """A bank of two slots, no host memory, and in one case so little K/V that sequences push each other out."""
-    requests = [build(kind, f"{kind}-{round_}", 23 + 7 * round_, refs, f"t{round_ % 2}") for round_ in range(3) for kind in KINDS]
+    # Two of the base, which wait for no load, grow beyond what the smaller cache holds.
+    requests = [greedy(f"long-{index}", prompt(16, index), tokens=50) for index in range(2)]
+    requests += [
+        build(kind, f"{kind}-{round_}", 23 + 7 * round_, refs, f"t{round_ % 2}") for round_ in range(3) for kind in KINDS
+    ]
     roomy = make_engine(model, "float64", prefix_caching=False)
     alone: dict[str, Result] = {}
     for request in requests:
