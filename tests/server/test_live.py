@@ -459,7 +459,7 @@ def test_a_new_method_is_one_new_file(model: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for package in ("server", "adapter_store"):
         shutil.copytree(ROOT / package, tree / package)
-    (tree / "server" / "adapters" / "lower" / "toy.py").write_text(TOY)
+    (tree / "server" / "adapters" / "lower" / "peft" / "toy.py").write_text(TOY)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "TOY", "gain": 3.0}))
