@@ -443,11 +443,10 @@ from server.adapters.lower.method import COMMON_FIELDS, Method, number
 
 def lower(source, base):
     program = Program()
-    for site in source.sites:
-        spec = base.spec.site(site)
-        factor = source.take(site, "toy_factor", (spec.out_features,))
+    for spec in source.sites("toy_", ("linear",)):
+        factor = source.take(spec.name, "toy_factor", (spec.out_features,))
         if factor is not None:
-            program.linear(site).out_scale = factor * source.config["gain"]
+            program.linear(spec.name).out_scale = factor * source.config["gain"]
     return program
 
 

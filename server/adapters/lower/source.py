@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.adapters.base_spec import BaseSpec
+from server.adapters.base_spec import BaseSpec, SiteKind, SiteSpec
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.lower.checkpoint import Checkpoint
 from server.adapters.lower.keys import key_layout
@@ -50,13 +50,25 @@ class Source:
         part._faults = self._faults
         return part
 
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Sites that the checkpoint has tensors for, in the base's order."""
-        return tuple(name for name in self._sites if name in self._by_site)
+    def sites(self, prefix: str = "", kinds: tuple[SiteKind, ...] = ()) -> list[SiteSpec]:
+        """Sites that have a tensor whose key ends with ``prefix…``, in the base's order. With ``kinds``, one at any other module is a fault."""
+        found = []
+        for name, spec in self._sites.items():
+            if not self.has_any(name, prefix):
+                continue
+            if kinds and spec.kind not in kinds:
+                message = f"tensors {prefix}… are not served on a module of the kind {spec.kind}; train without this module"
+                self.fault("wrong_module", name, message, " or ".join(kinds), spec.kind)
+            else:
+                found.append(spec)
+        return found
 
     def has(self, site: str, tail: str) -> bool:
         return tail in self._by_site.get(site, {})
+
+    def has_any(self, site: str, prefix: str) -> bool:
+        """Whether a site has a tensor under a tail that starts so."""
+        return any(tail.startswith(prefix) for tail in self._by_site.get(site, ()))
 
     def tails(self, site: str) -> tuple[str, ...]:
         """What is left of the keys of a site's tensors after the site."""
@@ -178,7 +190,7 @@ class Source:
         return default
 
     def _pattern_fault(self, field: str, message: str) -> None:
-        where = f"adapter_config.json: {field}"
+        where = f"{self.file}: {field}"
         if not any(fault.where == where for fault in self._faults):
             self.fault("unsupported_field", where, message)
 

@@ -90,7 +90,7 @@ def lower_bottlenecks(source: Source, base: Base, program: Program, given: Mappi
     placement = _placement(source, base, settings)
     shared = {name: source.take_shared(name, (None, None, None)) for name in source.shared if name.startswith(_SHARED)}
     for sublayer in base.spec.sublayers:
-        if any(tail.startswith("bottleneck.") for tail in source.tails(sublayer.site)):
+        if source.has_any(sublayer.site, "bottleneck."):
             edit = _bottleneck(_Tensors(source, base, sublayer.site, shared), placement, settings)
             if edit is not None:
                 program.add(sublayer.site, edit)

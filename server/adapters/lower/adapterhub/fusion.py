@@ -41,7 +41,7 @@ def lower(source: Source, base: Base) -> Program:
     program = Program()
     for sublayer in base.spec.sublayers:
         here = {name: edit for name, child in children.items() if (edit := _bottleneck(child, sublayer.site)) is not None}
-        has_fusion = any(tail.startswith("fusion.") for tail in source.tails(sublayer.site))
+        has_fusion = source.has_any(sublayer.site, "fusion.")
         if not here or not has_fusion:
             if here:
                 message = f"{', '.join(here)} have bottlenecks here, but the fusion does not"

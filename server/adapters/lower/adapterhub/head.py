@@ -71,7 +71,7 @@ def _lower_own_head(source: Source, head: Source, base: Base, program: Program) 
             _classify(source, program, TaskHead(pooling, layers), head.config.get("label2id"))
     elif site and head.has(site, "weight"):
         weight = head.take(site, "weight", (base.spec.vocab_size, base.spec.hidden_size))
-        if weight is not None and not torch.equal(weight.to(base.dtype).to(base.compute), base.weight(site)):
+        if weight is not None and not torch.equal(base.as_served(weight), base.weight(site)):
             program.add(site, HeadEdit(weight=weight.to(base.compute)))
     else:
         message = "the head of this model class is not served; a causal language model's and classifiers are"

@@ -60,13 +60,8 @@ def lower_loras(source: Source, base: Base, program: Program, given: Mapping[str
         # Versions before 1.1.0 trained with a scale of 1, whatever alpha said.
         settings["alpha"] = settings["r"]
     shared_down, shared_up = (source.take_shared(name, (None, None)) for name in _SHARED)
-    for site in source.sites:
-        spec = base.spec.site(site)
-        if spec is None or not any(tail.startswith("loras.") for tail in source.tails(site)):
-            continue
-        if spec.kind != "linear":
-            source.fault("wrong_module", site, f"LoRA matrices on a {spec.kind} are not defined")
-        elif settings["composition_mode"] == "scale":
+    for spec in source.sites("loras.", ("linear",)):
+        if settings["composition_mode"] == "scale":
             _lower_scale(source, base, program, spec, settings)
         else:
             pair = _vera_pair(source, base, spec, shared_down, shared_up) or _pair(source, base, spec, settings)

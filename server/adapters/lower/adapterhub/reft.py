@@ -34,10 +34,8 @@ def lower(source: Source, base: Base) -> Program:
     given = options(source, source.config.get("config"), _FIELDS)
     act = given.get("non_linearity")
     name = activation(source, act) if act else "linear"
-    for site in source.sites:
-        spec = base.spec.site(site)
-        if spec is None or spec.kind != "layer" or not any(tail.startswith("refts.") for tail in source.tails(site)):
-            continue
+    for spec in source.sites("refts.", ("layer",)):
+        site = spec.name
         edits = [_unit(source, base, site, unit, name, given.get("prefix_positions", 3)) for unit in (0, 1)]
         # Unit 1 is that of the last tokens, of which there are none.
         if edits[0] is None:

@@ -14,11 +14,10 @@ from server.adapters.lower.source import Source
 def lower(source: Source, base: Base) -> Program:
     """Tensors named like the base's biases: what is added to them (``values: delta``), or what they become (``replaced``)."""
     program = Program()
-    for site in source.sites:
-        spec = base.spec.site(site)
-        if spec is None or not source.has(site, "bias") or spec.kind not in ("linear", "head", "norm"):
+    for spec in source.sites("bias"):
+        if spec.kind not in ("linear", "head", "norm"):
             continue
-        bias = source.take(site, "bias", (spec.out_features,))
+        bias = source.take(spec.name, "bias", (spec.out_features,))
         if bias is not None:
             _lower_bias(source, base, program, spec, bias.to(base.compute))
     return program

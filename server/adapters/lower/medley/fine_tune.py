@@ -14,10 +14,9 @@ from torch import Tensor
 
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import HeadEdit, NormEdit, Program
-from server.adapters.lower.base import Base
-from server.adapters.lower.delta import add_dense
+from server.adapters.lower.base import Base, stored_shape
+from server.adapters.lower.cheapest import dense, low_rank, set_cheapest
 from server.adapters.lower.method import Method, integer, no_effect, optional
-from server.adapters.lower.peft.replaced import stored_shape
 from server.adapters.lower.source import Source
 
 _MAX_RANK = 4096
@@ -50,10 +49,7 @@ def lower(source: Source, base: Base) -> Program:
     """Every parameter that differs from the base's, in its place."""
     program, loss = Program(), Loss()
     rank = source.config.get("rank")
-    for site in source.sites:
-        spec = base.spec.site(site)
-        if spec is None:
-            continue
+    for spec in source.sites():
         if spec.kind == "norm":
             _lower_norm(source, base, program, spec, loss)
         elif spec.kind == "linear":
@@ -102,11 +98,10 @@ def _lower_linear(source: Source, base: Base, program: Program, spec: SiteSpec, 
         weight = stored.T if spec.transposed else stored
         delta = _difference(source, base, f"{spec.name}.weight", weight, base.weight(spec.name), loss)
         if delta is not None:
-            edit = program.linear(spec.name)
-            if rank is not None and rank * sum(delta.shape) < delta.numel():
-                edit.down, edit.up = nearest(delta, rank, loss)
-            else:
-                add_dense(edit, delta)
+            forms = [dense(spec, lambda: delta)]
+            if rank is not None:
+                forms.append(low_rank(spec, rank, lambda: nearest(delta, rank, loss)))
+            set_cheapest(source, program.linear(spec.name), forms)
     _lower_bias(source, base, program, spec, loss)
 
 
@@ -154,7 +149,7 @@ def _table_change(
     delta = _difference(source, base, f"{spec.name}.weight", table, original, loss)
     if delta is None:
         return None
-    row_ids = (_as_served(table, base) != original).any(dim=1).nonzero()[:, 0]
+    row_ids = (base.as_served(table) != original).any(dim=1).nonzero()[:, 0]
     if rank is not None and rank * sum(delta.shape) < row_ids.shape[0] * delta.shape[1]:
         right, left = nearest(delta, rank, loss)
         return TableChange(left=left.T, right=right)
@@ -166,7 +161,7 @@ def _table_change(
 
 def _difference(source: Source, base: Base, name: str, tensor: Tensor, original: Tensor, loss: Loss) -> Tensor | None:
     """``tensor - original``, or None where they are the same in the dtype that is served."""
-    if torch.equal(_as_served(tensor, base), original):
+    if torch.equal(base.as_served(tensor), original):
         return None
     delta = tensor.to(base.compute) - original
     square = float(delta.double().square().sum())
@@ -177,10 +172,6 @@ def _difference(source: Source, base: Base, name: str, tensor: Tensor, original:
     return delta
 
 
-def _as_served(tensor: Tensor, base: Base) -> Tensor:
-    return tensor.to(base.dtype).to(base.compute)
-
-
 def _check_others(source: Source, base: Base) -> None:
     """Parameters of the base where nothing attaches (learned positions) must be the base's own."""
     for name in source.shared:
@@ -188,7 +179,7 @@ def _check_others(source: Source, base: Base) -> None:
         if original is None:
             continue
         tensor = source.take_shared(name, tuple(original.shape))
-        if tensor is not None and not torch.equal(_as_served(tensor, base), original):
+        if tensor is not None and not torch.equal(base.as_served(tensor), original):
             source.fault("unmatched_tensor", name, "no program can change this parameter; it must equal the base model's")
 
 

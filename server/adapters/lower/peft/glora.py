@@ -8,38 +8,37 @@ from torch import Tensor
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import Program
 from server.adapters.lower.base import Base
-from server.adapters.lower.delta import add_dense, add_product, linears_with
-from server.adapters.lower.method import COMMON_FIELDS, Method, no_effect, only
-from server.adapters.lower.peft.replaced import lower_biases, lower_replaced_modules
+from server.adapters.lower.cheapest import product, set_cheapest
+from server.adapters.lower.method import Method, no_effect
+from server.adapters.lower.peft.wrapped import LINEARS, WRAPPED_FIELDS, with_saved_modules
 from server.adapters.lower.source import Source
-
-_PARTS = ("A", "B", "C", "D", "E")
-_FORMS = ("Xd", "Xu", "X", "zeros")
 
 
 def lower(source: Source, base: Base) -> Program:
     """A vector or number A is an output scale (without the bias), a low-rank A a dense change; B a low-rank one; C, D, E shift."""
     program = Program()
-    tails = [f"glora_{part}.{form}" for part in _PARTS for form in _FORMS]
-    for spec in linears_with(source, base, *tails):
+    for spec in source.sites("glora_", LINEARS):
         _lower_weight(source, base, program, spec)
         _lower_bias(source, base, program, spec)
-    lower_biases(source, base, program)
-    lower_replaced_modules(source, base, program)
-    return program
+    return with_saved_modules(source, base, program)
 
 
 def _lower_weight(source: Source, base: Base, program: Program, spec: SiteSpec) -> None:
     edit = program.linear(spec.name)
-    if (pair := _pair(source, base, spec.name, "A", spec.out_features, spec.in_features)) is not None:
-        add_dense(edit, base.weight(spec.name) * (pair[0] @ pair[1]))
-    elif (gain := _vector(source, base, spec.name, "A", (spec.out_features, 1))) is not None:
-        edit.out_scale = 1 + gain.expand(spec.out_features)
-    if (pair := _pair(source, base, spec.name, "B", spec.out_features, spec.in_features)) is not None:
-        add_product(edit, pair[1], pair[0].T)
-    elif (column := _vector(source, base, spec.name, "B", (spec.out_features, 1))) is not None:
+    added = _pair(source, base, spec.name, "B", spec.out_features, spec.in_features)
+    if added is None and (column := _vector(source, base, spec.name, "B", (spec.out_features, 1))) is not None:
         # One number a row, in every column: rank 1.
-        add_product(edit, torch.ones(1, spec.in_features, dtype=base.compute), column.expand(spec.out_features)[None])
+        added = column.expand(spec.out_features)[:, None], torch.ones(1, spec.in_features, dtype=base.compute)
+    if (pair := _pair(source, base, spec.name, "A", spec.out_features, spec.in_features)) is not None:
+        source.reserve(spec.out_features * spec.in_features)
+        edit.dense = base.weight(spec.name) * (pair[0] @ pair[1])
+        if added is not None:
+            edit.dense += added[0] @ added[1]
+        return
+    if (gain := _vector(source, base, spec.name, "A", (spec.out_features, 1))) is not None:
+        edit.out_scale = 1 + gain.expand(spec.out_features)
+    if added is not None:
+        set_cheapest(source, edit, product(added[1], added[0].T))
 
 
 def _lower_bias(source: Source, base: Base, program: Program, spec: SiteSpec) -> None:
@@ -98,12 +97,7 @@ def _vector(source: Source, base: Base, site: str, part: str, shape: tuple[int, 
 METHOD = Method(
     name="GLORA",
     summary="an output scale or a dense change, low rank, and a shift",
-    fields={
-        **COMMON_FIELDS,
-        "bias": only("none", "all", "glora_only"),
-        "modules_to_save": no_effect,
-        # The tensors' keys and shapes say the form of every part.
-        **dict.fromkeys(("r", "config_A_B", "config_C", "config_D_E", "target_modules", "init_weights"), no_effect),
-    },
+    # The tensors' keys and shapes say the form of every part.
+    fields={**WRAPPED_FIELDS, **dict.fromkeys(("r", "config_A_B", "config_C", "config_D_E"), no_effect)},
     lower=lower,
 )

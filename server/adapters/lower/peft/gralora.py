@@ -13,7 +13,7 @@ from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, integer, no_effect, number
-from server.adapters.lower.peft.wrapped import MAX_RANK, WRAPPED_FIELDS, Group, Shapes, lower_groups
+from server.adapters.lower.peft.wrapped import MAX_RANK, WRAPPED_FIELDS, Group, Shapes, fills_module, lower_groups
 from server.adapters.lower.source import Source
 
 
@@ -30,14 +30,15 @@ def lower(source: Source, base: Base) -> Program:
 
     def lower_site(program: Program, group: Group) -> None:
         spec, count = group.spec, group.sizes["k"]
-        found = (count * group.sizes["block_out"], count * group.sizes["block_in"])
-        if rank % count or found != (spec.out_features, spec.in_features):
+        if not fills_module(source, group, count * group.sizes["block_out"], count * group.sizes["block_in"]):
+            return
+        if rank % count:
             source.fault(
-                "wrong_shape",
-                f"{group.site}.gralora_A",
-                "the blocks do not divide the module and the rank",
-                f"{(spec.out_features, spec.in_features)}, r={rank}",
-                f"{found}, k={count}",
+                "wrong_rank",
+                group.site,
+                "the rank r must be a multiple of the number of blocks",
+                f"k times a number, k={count}",
+                str(rank),
             )
             return
         source.reserve((count * rank + hybrid) * (spec.in_features + spec.out_features))

@@ -11,7 +11,7 @@ from server.adapters.lower.base import Base
 from server.adapters.lower.cheapest import dense, kronecker, low_rank, set_cheapest
 from server.adapters.lower.method import Method, no_effect
 from server.adapters.lower.peft.loha import LYCORIS_FIELDS
-from server.adapters.lower.peft.wrapped import Group, Shapes, lower_groups, module_alpha, module_rank
+from server.adapters.lower.peft.wrapped import Group, Shapes, fills_module, lower_groups, module_alpha, module_rank
 from server.adapters.lower.source import Source
 
 
@@ -26,17 +26,7 @@ def lower(source: Source, base: Base) -> Program:
         # A whole w1 and w2 do not show the rank, and the scale divides by it all the same.
         rank = module_rank(source, group.site, 8, sizes.get("r"))
         alpha = module_alpha(source, group.site, 8)
-        found = (sizes["a"] * sizes["c"], sizes["b"] * sizes["d"])
-        if found != (spec.out_features, spec.in_features):
-            source.fault(
-                "wrong_shape",
-                group.site,
-                "the Kronecker product does not fit the base model",
-                str((spec.out_features, spec.in_features)),
-                str(found),
-            )
-            return
-        if rank is None:
+        if not fills_module(source, group, sizes["a"] * sizes["c"], sizes["b"] * sizes["d"]) or rank is None:
             return
         scale = alpha / rank
         left_up, left_down = _factors(group, "lokr_w1")

@@ -17,26 +17,26 @@ from torch import Tensor
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import Program
 from server.adapters.lower.base import Base
-from server.adapters.lower.method import (
-    COMMON_FIELDS,
-    Method,
-    boolean,
-    integer,
-    no_effect,
-    number,
-    only,
-    optional,
-    token_ids,
-)
+from server.adapters.lower.method import Method, boolean, integer, no_effect, number, only, optional, token_ids
 from server.adapters.lower.peft.lora_variants import (
     block_settings,
     check_combination,
     drop_training_state,
     settings,
-    take_blocks,
+    spread_blocks,
     truncate_base,
 )
-from server.adapters.lower.peft.replaced import lower_biases, lower_replaced_modules, lower_token_rows
+from server.adapters.lower.peft.replaced import lower_token_rows
+from server.adapters.lower.peft.wrapped import (
+    LINEARS,
+    WRAPPED_FIELDS,
+    Group,
+    Shapes,
+    module_alpha,
+    module_rank,
+    tensor_groups,
+    with_saved_modules,
+)
 from server.adapters.lower.source import Source
 
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -63,61 +63,57 @@ def lower(source: Source, base: Base) -> Program:
     program = Program(invocation_tokens=tuple(source.config.get("alora_invocation_tokens") or ()))
     check_combination(source, changes_base=source.config.get("init_lora_weights") in REINITS)
     lower_token_rows(source, base, program, source.config.get("trainable_token_indices"))
-    for site in source.sites:
-        spec = base.spec.site(site)
-        if spec is None:
-            continue
-        if source.has(site, "lora_embedding_A") or source.has(site, "lora_embedding_B"):
-            _lower_embedding(source, base, program, spec)
-        if source.has(site, "lora_A.weight") or source.has(site, "lora_B.weight"):
-            _lower_linear(source, base, program, spec)
-    lower_biases(source, base, program)
-    lower_replaced_modules(source, base, program)
-    return program
+
+    def shapes(spec: SiteSpec) -> Shapes:
+        return _shapes(source, spec)
+
+    for group in tensor_groups(source, base, "lora_", shapes, kinds=(*LINEARS, "embedding")):
+        drop_training_state(source, group.site)
+        if group.spec.kind == "embedding":
+            _lower_embedding(source, base, program, group)
+        else:
+            _lower_linear(source, base, program, group)
+    return with_saved_modules(source, base, program)
 
 
 def scaling(source: Source, site: str, rank: int) -> float:
     """``s`` of one module. The stored rank must be the one that the config gives, or the scale would be a guess."""
-    stated = source.pattern("rank_pattern", site, source.config.get("r", 8))
-    alpha = source.pattern("alpha_pattern", site, source.config.get("lora_alpha", 8))
-    if stated != rank:
-        source.fault(
-            "wrong_rank", site, "the tensors and the config (r, rank_pattern) disagree on the rank", str(stated)[:40], str(rank)
-        )
+    if module_rank(source, site, 8, rank) is None:
         return 0.0
-    if number(-1e6, 1e6)(alpha) is not None:
-        source.fault(
-            "unsupported_field", "adapter_config.json: alpha_pattern", "alpha must be a finite number", found=repr(alpha)[:40]
-        )
-        return 0.0
-    return float(alpha) / (math.sqrt(rank) if source.config.get("use_rslora") else rank)
+    return module_alpha(source, site, 8, field="lora_alpha") / (math.sqrt(rank) if source.config.get("use_rslora") else rank)
 
 
-def _lower_linear(source: Source, base: Base, program: Program, spec: SiteSpec) -> None:
-    site = spec.name
-    if spec.kind not in ("linear", "head"):
-        source.fault("wrong_module", site, f"LoRA matrices on a {spec.kind} are not defined")
-        return
+def _shapes(source: Source, spec: SiteSpec) -> Shapes:
+    """A and B, and what the options add to them; which of them there is a bias for, only the checkpoint says."""
+    if spec.kind == "embedding":
+        return {"lora_embedding_A": ("r", "in"), "lora_embedding_B": ("out", "r")}
+    shapes: dict[str, tuple[str | int, ...]] = {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")}
     if source.config.get("use_bdlora"):
-        pair = take_blocks(source, spec)
-    else:
-        pair = _pair(source, site, ("lora_A.weight", (None, spec.in_features)), ("lora_B.weight", (spec.out_features, None)))
+        shapes = {"lora_A.weight": ("rows", "columns"), "lora_B.weight": ("out", "width")}
+    if source.config.get("kasa_config"):
+        shapes["lora_diag"] = ("r",)
+    if source.has(spec.name, "lora_B.bias"):
+        shapes["lora_B.bias"] = ("out",)
+    return shapes
+
+
+def _lower_linear(source: Source, base: Base, program: Program, group: Group) -> None:
+    is_blocks = bool(source.config.get("use_bdlora"))
+    pair = spread_blocks(source, group) if is_blocks else (group["lora_A.weight"], group["lora_B.weight"])
     if pair is None:
         return
-    drop_training_state(source, site)
-    down, up = (tensor.to(base.compute) for tensor in pair)
-    scale = scaling(source, site, down.shape[0])
+    down, up = pair
+    scale = scaling(source, group.site, down.shape[0])
     up = (up * scale).T
-    edit = program.linear(site)
-    bias = source.take(site, "lora_B.bias", (spec.out_features,))
-    if bias is not None:
-        edit.shift = bias.to(base.compute) * scale
+    edit = program.linear(group.site)
+    if "lora_B.bias" in group.tensors:
+        edit.shift = group["lora_B.bias"] * scale
     if source.config.get("kasa_config"):
-        down, up = truncate_base(source, base, spec, down, up)
+        down, up = truncate_base(source, base, group, down, up)
     elif source.config.get("init_lora_weights") in REINITS:
-        down, up = _restore_base(source, base, spec, down, up, scale)
-    if source.has(site, "lora_magnitude_vector"):
-        down, up = _decompose(source, base, program, spec, down, up)
+        down, up = _restore_base(source, base, group.spec, down, up, scale)
+    if source.has(group.site, "lora_magnitude_vector"):
+        down, up = _decompose(source, base, program, group.spec, down, up)
     edit.down, edit.up = down, up
 
 
@@ -154,59 +150,35 @@ def _restore_base(source: Source, base: Base, spec: SiteSpec, down: Tensor, up: 
     return torch.cat([down, taken_down]), torch.cat([up, -taken_up])
 
 
-def _lower_embedding(source: Source, base: Base, program: Program, spec: SiteSpec) -> None:
+def _lower_embedding(source: Source, base: Base, program: Program, group: Group) -> None:
     """``E[id] + s (B A)[:, id]``; with DoRA all of it times ``m / norm`` per column, the norm over the vocabulary."""
-    site = spec.name
-    if spec.kind != "embedding":
-        source.fault("wrong_module", site, f"embedding matrices on a {spec.kind} are not defined")
-        return
-    vocab, width = spec.in_features, spec.out_features
-    pair = _pair(source, site, ("lora_embedding_A", (None, vocab)), ("lora_embedding_B", (width, None)))
-    if pair is None:
-        return
-    scale = scaling(source, site, pair[0].shape[0])
-    down, up = pair[0].to(base.compute).T, (pair[1].to(base.compute) * scale).T
-    edit = program.embed(site)
+    first, second = group["lora_embedding_A"], group["lora_embedding_B"]
+    down, up = first.T, (second * scaling(source, group.site, first.shape[0])).T
+    edit = program.embed(group.site)
     edit.down, edit.up = down, up
-    magnitude = source.take(site, "lora_magnitude_vector", (width,))
+    magnitude = source.take(group.site, "lora_magnitude_vector", (group.spec.out_features,))
     if magnitude is not None:
-        norm = torch.linalg.vector_norm(base.weight(site) + down @ up, dim=0)
+        source.reserve(group.spec.in_features * group.spec.out_features)
+        norm = torch.linalg.vector_norm(base.weight(group.site) + down @ up, dim=0)
         edit.out_scale = magnitude.to(base.compute) / norm
-
-
-def _pair(
-    source: Source, site: str, first: tuple[str, tuple[int | None, ...]], second: tuple[str, tuple[int | None, ...]]
-) -> tuple[Tensor, Tensor] | None:
-    """A and B, whose ranks must agree. PEFT only warns of a missing half; here it is a fault."""
-    for tail, _ in (first, second):
-        if not source.has(site, tail):
-            source.fault("missing_tensor", f"{site}.{tail}", "one half of the pair is missing; the checkpoint is incomplete")
-    left, right = source.take(site, *first), source.take(site, *second)
-    if left is None or right is None:
-        return None
-    if left.shape[0] != right.shape[1] or not left.shape[0]:
-        source.fault("wrong_rank", site, "the two matrices have different ranks", str(left.shape[0]), str(right.shape[1]))
-        return None
-    return left, right
 
 
 METHOD = Method(
     name="LORA",
     summary="low rank; DoRA adds an output scale; biases, token rows and replaced modules as themselves",
     fields={
-        **COMMON_FIELDS,
+        **WRAPPED_FIELDS,
         "r": integer(1, 4096),
         "lora_alpha": number(-1e6, 1e6),
         "use_rslora": boolean,
+        # Checked where they are used, module by module.
         "rank_pattern": no_effect,
         "alpha_pattern": no_effect,
-        "bias": only("none", "all", "lora_only"),
         "lora_bias": boolean,
         "use_dora": boolean,
         "init_lora_weights": _init,
         "trainable_token_indices": optional(_indices),
         "alora_invocation_tokens": optional(token_ids),
-        "modules_to_save": no_effect,
         "ensure_weight_tying": boolean,
         "use_bdlora": block_settings,
         "kasa_config": settings("beta", "gamma"),
@@ -214,22 +186,9 @@ METHOD = Method(
         "monteclora_config": settings(
             "num_samples", "use_entropy", "dirichlet_prior", "sample_scaler", "kl_loss_weight", "buffer_size"
         ),
-        # The tensors' own keys say where they belong.
-        "target_modules": no_effect,
-        "exclude_modules": no_effect,
-        "layers_to_transform": no_effect,
-        "layers_pattern": no_effect,
-        "fan_in_fan_out": no_effect,
         # Training, initialisation and placement only.
-        "lora_dropout": no_effect,
-        "megatron_config": no_effect,
-        "megatron_core": no_effect,
-        "loftq_config": no_effect,
-        "eva_config": no_effect,
-        "corda_config": no_effect,
-        "lora_ga_config": no_effect,
-        "runtime_config": no_effect,
-        "qalora_group_size": no_effect,
+        **dict.fromkeys(("lora_dropout", "megatron_config", "megatron_core", "loftq_config", "eva_config"), no_effect),
+        **dict.fromkeys(("corda_config", "lora_ga_config", "runtime_config", "qalora_group_size"), no_effect),
         # These change the maths in ways that are not served.
         "use_qalora": only(False, None),
         "layer_replication": only(None),

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.adapters.base_spec import SiteSpec
 from server.adapters.lower.base import Base
-from server.adapters.lower.delta import take_all
 from server.adapters.lower.method import Rule, integer
+from server.adapters.lower.peft.wrapped import Group
 from server.adapters.lower.source import Source
 
 _EXCLUSIVE = ("use_dora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
@@ -48,37 +47,36 @@ def check_combination(source: Source, changes_base: bool) -> None:
         source.field_fault("init_lora_weights", f"this initialisation cannot be combined with {chosen[0]}")
 
 
-def take_blocks(source: Source, spec: SiteSpec) -> tuple[Tensor, Tensor] | None:
+def spread_blocks(source: Source, group: Group) -> tuple[Tensor, Tensor] | None:
     """A and B of which one may hold the blocks of a block-diagonal matrix below each other: ``(r, in / n)`` or ``(out, r / n)``."""
-    found = take_all(source, spec.name, {"lora_A.weight": (None, None), "lora_B.weight": (spec.out_features, None)})
-    if found is None:
-        return None
+    first, second, spec = group["lora_A.weight"], group["lora_B.weight"], group.spec
     blocks = source.config["use_bdlora"].get("nblocks", 1)
-    down = _expand(found[0], spec.in_features, blocks)
-    up = None if down is None else _expand(found[1], down.shape[0], blocks)
-    if down is None or up is None or not down.shape[0]:
+    down = _spread(source, first, spec.in_features, blocks)
+    up = None if down is None else _spread(source, second, down.shape[0], blocks)
+    if down is None or up is None:
         source.fault(
             "wrong_shape",
             spec.name,
             f"lora_A and lora_B do not fit the module, neither whole nor as {blocks} blocks",
             f"(r, {spec.in_features}) and ({spec.out_features}, r)",
-            f"{tuple(found[0].shape)} and {tuple(found[1].shape)}",
+            f"{tuple(first.shape)} and {tuple(second.shape)}",
         )
         return None
     return down, up
 
 
-def truncate_base(source: Source, base: Base, spec: SiteSpec, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def truncate_base(source: Source, base: Base, group: Group, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """KaSA: ``s B diag(d) A``, on a base without its ``r`` smallest singular components, which are ``r`` more ranks here."""
-    rank, limit = down.shape[0], min(spec.in_features, spec.out_features)
-    diagonal = source.take(spec.name, "lora_diag", (rank,))
-    if diagonal is None or rank >= limit:
-        source.fault("missing_tensor", f"{spec.name}.lora_diag", f"one number a rank is needed, and a rank below {limit}")
+    rank, limit = down.shape[0], min(group.spec.in_features, group.spec.out_features)
+    if rank >= limit:
+        source.fault(
+            "wrong_rank", group.site, "KaSA takes as many singular components out of the base", f"below {limit}", str(rank)
+        )
         return down, up
-    left, values, right = torch.linalg.svd(base.weight(spec.name), full_matrices=False)
+    left, values, right = torch.linalg.svd(base.weight(group.site), full_matrices=False)
     kept = limit - rank
     taken = (left[:, kept:] * values[kept:]).T
-    return torch.cat([down, right[kept:]]), torch.cat([up * diagonal.to(base.compute)[:, None], -taken])
+    return torch.cat([down, right[kept:]]), torch.cat([up * group["lora_diag"][:, None], -taken])
 
 
 def drop_training_state(source: Source, site: str) -> None:
@@ -90,12 +88,13 @@ def drop_training_state(source: Source, site: str) -> None:
                     source.take(site, tail)
 
 
-def _expand(matrix: Tensor, columns: int, blocks: int) -> Tensor | None:
-    """``(rows, columns)``: as it is, or its blocks set on the diagonal."""
+def _spread(source: Source, matrix: Tensor, columns: int, blocks: int) -> Tensor | None:
+    """``(rows, columns)``: as it is, or its blocks set on the diagonal; None when it is neither."""
     rows, width = matrix.shape
     if width == columns:
         return matrix
     if width * blocks != columns or rows % blocks:
         return None
+    source.reserve(rows * columns)
     spread: Tensor = torch.block_diag(*matrix.chunk(blocks, dim=0))  # type: ignore[no-untyped-call]
     return spread

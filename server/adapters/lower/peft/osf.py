@@ -6,48 +6,39 @@ import torch
 
 from server.adapters.ir import Program
 from server.adapters.lower.base import Base
-from server.adapters.lower.delta import add_product, linears_with, take_all
-from server.adapters.lower.method import COMMON_FIELDS, Method, no_effect
-from server.adapters.lower.peft.replaced import lower_replaced_modules
+from server.adapters.lower.cheapest import product, set_cheapest
+from server.adapters.lower.method import Method, no_effect
+from server.adapters.lower.peft.wrapped import WRAPPED_FIELDS, Group, lower_groups
 from server.adapters.lower.source import Source
 
-_PARTS = ("osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low")
+_LEFT, _VALUES, _RIGHT = "osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"
 
 
 def lower(source: Source, base: Base) -> Program:
-    """``W += U_low diag(S_low) V_low - (the base's as many smallest components)``: rank 2k, or dense where that is smaller."""
-    program = Program()
-    for spec in linears_with(source, base, *_PARTS):
-        shapes = ((spec.out_features, None), (None,), (None, spec.in_features))
-        found = take_all(source, spec.name, dict(zip(_PARTS, shapes, strict=True)))
-        if found is None:
-            continue
-        left, values, right = (tensor.to(base.compute) for tensor in found)
-        rank, limit = values.shape[0], min(spec.out_features, spec.in_features)
-        if not left.shape[1] == rank == right.shape[0] or rank > limit:
-            source.fault("wrong_rank", spec.name, f"U_low, S_low and V_low of one rank are needed, of at most {limit}")
-            continue
-        base_left, base_values, base_right = torch.linalg.svd(base.weight(spec.name), full_matrices=False)
+    """``W += U_low diag(S_low) V_low - (the base's as many smallest components)``: rank 2r, or dense where that is smaller."""
+
+    def lower_site(program: Program, group: Group) -> None:
+        rank, limit = group.sizes["r"], min(group.spec.out_features, group.spec.in_features)
+        if rank > limit:
+            source.fault("wrong_rank", group.site, "more singular components than the weight has", f"at most {limit}", str(rank))
+            return
+        # A module as narrow as the rank that is kept has nothing left to train.
+        if not rank:
+            return
+        left, values, right = torch.linalg.svd(base.weight(group.site), full_matrices=False)
         kept = limit - rank
-        down = torch.cat([right, base_right[kept:]])
-        up = torch.cat([left * values, -base_left[:, kept:] * base_values[kept:]], dim=1).T
-        add_product(program.linear(spec.name), down, up)
-    lower_replaced_modules(source, base, program)
-    return program
+        down = torch.cat([group[_RIGHT], right[kept:]])
+        up = torch.cat([group[_LEFT] * group[_VALUES], -left[:, kept:] * values[kept:]], dim=1).T
+        set_cheapest(source, program.linear(group.site), product(down, up))
+
+    shapes = {_LEFT: ("out", "r"), _VALUES: ("r",), _RIGHT: ("r", "in")}
+    return lower_groups(source, base, "osf_", shapes, lower_site, may_be_empty=True)
 
 
 METHOD = Method(
     name="OSF",
     summary="low rank or dense: trained singular components instead of the base's smallest",
-    fields={
-        **COMMON_FIELDS,
-        "modules_to_save": no_effect,
-        # The tensors' shapes say how many components were trained.
-        "effective_rank": no_effect,
-        "rank_pattern": no_effect,
-        "target_svd_config": no_effect,
-        "target_modules": no_effect,
-        "init_weights": no_effect,
-    },
+    # The tensors show how many components were trained.
+    fields={**WRAPPED_FIELDS, **dict.fromkeys(("effective_rank", "rank_pattern", "target_svd_config"), no_effect)},
     lower=lower,
 )

@@ -13,7 +13,7 @@ import torch
 from server.adapters.ir import Program
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, integer, only
-from server.adapters.lower.peft.wrapped import MAX_RANK, WRAPPED_FIELDS, Group, lower_groups
+from server.adapters.lower.peft.wrapped import MAX_RANK, WRAPPED_FIELDS, Group, fills_module, lower_groups
 from server.adapters.lower.source import Source
 
 _EPSILON = 1e-12
@@ -25,16 +25,7 @@ def lower(source: Source, base: Base) -> Program:
     rank, skills, splits = (source.config.get(*item) for item in (("r", 8), ("n_skills", 4), ("n_splits", 1)))
 
     def lower_site(program: Program, group: Group) -> None:
-        spec, sizes = group.spec, group.sizes
-        found = (splits * sizes["part_out"], splits * sizes["part_in"])
-        if found != (spec.out_features, spec.in_features):
-            source.fault(
-                "wrong_shape",
-                group.site,
-                "the splits do not add up to the module",
-                str((spec.out_features, spec.in_features)),
-                str(found),
-            )
+        if not fills_module(source, group, splits * group.sizes["part_out"], splits * group.sizes["part_in"]):
             return
         weights = group[_ROUTER].view(splits, skills).sigmoid()
         weights = weights / (weights.sum(-1, keepdim=True) + _EPSILON)

@@ -15,56 +15,50 @@ from torch import Tensor
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import Program
 from server.adapters.lower.base import Base
-from server.adapters.lower.delta import add_dense, linears_with, take_all
-from server.adapters.lower.method import COMMON_FIELDS, Method, boolean, integer, no_effect, number, only
-from server.adapters.lower.peft.replaced import lower_biases, lower_replaced_modules
+from server.adapters.lower.method import Method, boolean, integer, no_effect, number
+from server.adapters.lower.peft.wrapped import WRAPPED_FIELDS, shared_tensor, tensor_groups, with_saved_modules
 from server.adapters.lower.source import Source
 
-_NAMES = ("randlora_A", "randlora_B")
-_OWN = ("randlora_lambda", "randlora_gamma")
+_FIRST, _SECOND = "randlora_A", "randlora_B"
+_SCALES, _GAINS = "randlora_lambda", "randlora_gamma"
 
 
 def lower(source: Source, base: Base) -> Program:
     """One dense change a module. The bases are in the checkpoint, or drawn again from their seed."""
     program = Program()
     rank, alpha = source.config.get("r", 32), source.config.get("randlora_alpha", 640)
-    specs = list(linears_with(source, base, *_OWN))
-    bases = _bases(source, specs, rank)
+    groups = list(tensor_groups(source, base, "randlora_", {_SCALES: ("r", "n"), _GAINS: ("n", "small")}))
+    bases = _bases(source, [group.spec for group in groups], rank)
     if bases is None:
         return program
-    for spec in specs:
+    for group in groups:
+        spec = group.spec
         _check_copies(source, spec.name, bases)
         small, large = sorted((spec.in_features, spec.out_features))
         count = math.ceil(small / rank)
-        found = take_all(source, spec.name, {_OWN[0]: (rank, count), _OWN[1]: (count, small)})
-        if found is None:
+        scales, gains = group[_SCALES], group[_GAINS]
+        if tuple(scales.shape) != (rank, count) or gains.shape[1] != small:
+            message = "the module's scales do not fit it, or the rank r of the config"
+            found = f"{tuple(scales.shape)}, {tuple(gains.shape)}"
+            source.fault("wrong_shape", spec.name, message, f"{(rank, count)}, {(count, small)}", found)
             continue
-        scales, gains = (tensor.to(base.compute) for tensor in found)
         first, second = (tensor.to(base.compute) for tensor in bases)
         if first.shape[2] < small or second.shape[0] < large or second.shape[1] < count:
             source.fault("wrong_shape", spec.name, "the shared bases are smaller than this module")
             continue
+        source.reserve(small * large)
         right = (scales[:, :, None] * first[:, :, :small] * gains).flatten(end_dim=1)
         product = second[:large, :count].flatten(start_dim=1) @ right * (alpha / rank)
-        add_dense(program.linear(spec.name), product if small == spec.in_features else product.T)
-    lower_biases(source, base, program)
-    lower_replaced_modules(source, base, program)
-    return program
+        program.linear(spec.name).dense = product if small == spec.in_features else product.T
+    return with_saved_modules(source, base, program)
 
 
 def _bases(source: Source, specs: list[SiteSpec], rank: int) -> tuple[Tensor, Tensor] | None:
     """``A (r, 1, mn)`` and ``B (mx, n, r)``."""
     if source.config.get("save_projection", True):
-        first = source.take_shared(_NAMES[0], (rank, 1, None))
-        second = source.take_shared(_NAMES[1], (None, None, rank))
-        if first is not None and second is not None:
-            return first, second
-        source.fault(
-            "missing_tensor",
-            "base_model.randlora_A",
-            f"save_projection is true, so that both shared bases of rank {rank} are needed",
-        )
-        return None
+        first = shared_tensor(source, _FIRST, (rank, 1, None))
+        second = shared_tensor(source, _SECOND, (None, None, rank))
+        return None if first is None or second is None else (first, second)
     if not specs:
         return None
     sizes = (max(spec.in_features for spec in specs), max(spec.out_features for spec in specs))
@@ -79,6 +73,7 @@ def _draw(source: Source, small: int, large: int, rank: int) -> tuple[Tensor, Te
     """As PEFT draws them: on the CPU, from one seed, the dense ones in bfloat16."""
     generator = torch.Generator().manual_seed(source.config.get("projection_prng_key", 0))
     count = math.ceil(small / rank)
+    source.reserve(rank * (small + large * count))
     if source.config.get("very_sparse") or source.config.get("sparse"):
         sparsity = math.sqrt(small) if source.config.get("very_sparse") else 3.0
         return _sparse((rank, 1, small), sparsity, generator), _sparse((large, count, rank), sparsity, generator)
@@ -100,7 +95,7 @@ def _sparse(shape: tuple[int, ...], sparsity: float, generator: torch.Generator)
 
 def _check_copies(source: Source, site: str, bases: tuple[Tensor, Tensor]) -> None:
     """PEFT 0.21 also writes the shared bases beside every module; they must be the same."""
-    for name, shared in zip(_NAMES, bases, strict=True):
+    for name, shared in zip((_FIRST, _SECOND), bases, strict=True):
         copy = source.take(site, name)
         if copy is not None and not torch.equal(copy, shared):
             source.fault("duplicate_tensor", f"{site}.{name}", "a module's copy of the shared basis differs from it")
@@ -110,17 +105,14 @@ METHOD = Method(
     name="RANDLORA",
     summary="a dense change, made of shared random bases that are stored or drawn again",
     fields={
-        **COMMON_FIELDS,
+        **WRAPPED_FIELDS,
         "r": integer(1, 4096),
         "randlora_alpha": number(-1e6, 1e6),
         "projection_prng_key": integer(0, 2**63 - 1),
         "save_projection": boolean,
         "sparse": boolean,
         "very_sparse": boolean,
-        "bias": only("none", "all", "randlora_only"),
-        "modules_to_save": no_effect,
-        **dict.fromkeys(("target_modules", "layers_to_transform", "layers_pattern"), no_effect),
-        **dict.fromkeys(("randlora_dropout", "fan_in_fan_out", "init_weights"), no_effect),
+        "randlora_dropout": no_effect,
     },
     lower=lower,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import HeadEdit, NormEdit, Program
-from server.adapters.lower.base import Base
+from server.adapters.lower.base import Base, stored_shape
 from server.adapters.lower.source import Source
 
 _ROWS = "token_adapter.trainable_tokens_delta"
@@ -17,11 +17,11 @@ _ROWS = "token_adapter.trainable_tokens_delta"
 
 def lower_biases(source: Source, base: Base, program: Program) -> None:
     """``bias="lora_only"`` and ``"all"`` store replaced biases: ``base_layer.bias`` where a module was wrapped, ``bias`` elsewhere."""
-    for site in source.sites:
-        spec = base.spec.site(site)
+    for spec in source.sites():
+        site = spec.name
         for tail in ("base_layer.bias", "bias"):
             # A bias that comes with its weight is part of a replaced module.
-            if spec is None or not source.has(site, tail) or (tail == "bias" and source.has(site, "weight")):
+            if not source.has(site, tail) or (tail == "bias" and source.has(site, "weight")):
                 continue
             bias = source.take(site, tail, (spec.out_features,))
             if bias is None:
@@ -36,10 +36,10 @@ def lower_biases(source: Source, base: Base, program: Program) -> None:
 
 def lower_replaced_modules(source: Source, base: Base, program: Program) -> None:
     """``modules_to_save``, and ``base_layer.weight`` of wrapped embeddings and heads, which usually equals the base's."""
-    for site in source.sites:
-        spec = base.spec.site(site)
+    for spec in source.sites():
+        site = spec.name
         for tail in ("weight", "base_layer.weight"):
-            if spec is None or not source.has(site, tail):
+            if not source.has(site, tail):
                 continue
             if tail == "weight" and spec.kind == "linear" and site in program.edits:
                 source.fault(
@@ -49,7 +49,7 @@ def lower_replaced_modules(source: Source, base: Base, program: Program) -> None
             weight = source.take(site, tail, stored_shape(spec))
             bias = source.take(site, "bias", (spec.out_features,)) if tail == "weight" else None
             if weight is not None and (
-                spec.kind in ("norm", "linear") or not _equals_base(weight, site, base) or bias is not None
+                spec.kind in ("norm", "linear") or not torch.equal(base.as_served(weight), base.weight(site)) or bias is not None
             ):
                 _replace(program, spec, weight.to(base.compute), bias, base)
 
@@ -115,16 +115,3 @@ def _replace(program: Program, spec: SiteSpec, weight: Tensor, bias: Tensor | No
 def _shift(program: Program, site: str, shift: Tensor) -> None:
     edit = program.linear(site)
     edit.shift = shift if edit.shift is None else edit.shift + shift
-
-
-def stored_shape(spec: SiteSpec) -> tuple[int, ...]:
-    """The shape of a site's weight in a file: transposed for Conv1D."""
-    if spec.kind == "norm":
-        return (spec.out_features,)
-    if spec.kind == "embedding" or spec.transposed:
-        return (spec.in_features, spec.out_features)
-    return (spec.out_features, spec.in_features)
-
-
-def _equals_base(weight: Tensor, site: str, base: Base) -> bool:
-    return torch.equal(weight.to(base.dtype).to(base.compute), base.weight(site))

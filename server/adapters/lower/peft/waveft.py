@@ -10,28 +10,22 @@ from torch import Tensor
 
 from server.adapters.ir import Program
 from server.adapters.lower.base import Base
-from server.adapters.lower.method import COMMON_FIELDS, Method, boolean, integer, no_effect, number, only
-from server.adapters.lower.peft.replaced import lower_biases, lower_replaced_modules
-from server.adapters.lower.peft.spectrum import lower_spectra
+from server.adapters.lower.method import Method, boolean
+from server.adapters.lower.peft.spectrum import SPECTRUM_FIELDS, lower_spectra
 from server.adapters.lower.source import Source
 
 
 def lower(source: Source, base: Base) -> Program:
     """``W += idwt(S) * scaling``, or ``S * scaling`` without ``use_idwt``."""
-    scaling = source.config.get("scaling", 25.0)
-    use_idwt = source.config.get("use_idwt", True)
+    scaling, use_idwt = source.config.get("scaling", 25.0), source.config.get("use_idwt", True)
     # With proportional_parameters the number of values follows from all targeted modules; the tensors say it.
     frequencies = None if source.config.get("proportional_parameters") else source.config.get("n_frequency", 2592)
-    program = lower_spectra(
-        source,
-        base,
-        "waveft_spectrum",
-        frequencies,
-        lambda spectrum: (inverse_haar(spectrum) if use_idwt else spectrum) * scaling,
-    )
-    lower_biases(source, base, program)
-    lower_replaced_modules(source, base, program)
-    return program
+
+    def transform(spectrum: Tensor) -> Tensor:
+        change: Tensor = (inverse_haar(spectrum) if use_idwt else spectrum) * scaling
+        return change
+
+    return lower_spectra(source, base, "waveft_spectrum", frequencies, transform)
 
 
 def inverse_haar(spectrum: Tensor) -> Tensor:
@@ -56,19 +50,6 @@ def _wavelet(value: Any) -> str | None:
 METHOD = Method(
     name="WAVEFT",
     summary="a dense change: the inverse Haar transform of stored values at seeded places (`wavelet_family: db1` only)",
-    fields={
-        **COMMON_FIELDS,
-        "n_frequency": integer(1, 2**40),
-        "n_frequency_pattern": no_effect,
-        "proportional_parameters": boolean,
-        "scaling": number(-1e6, 1e6),
-        "wavelet_family": _wavelet,
-        "use_idwt": boolean,
-        "random_loc_seed": integer(0, 2**63 - 1),
-        "bias": only("none", "all", "waveft_only"),
-        "modules_to_save": no_effect,
-        **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"), no_effect),
-        **dict.fromkeys(("fan_in_fan_out", "init_weights"), no_effect),
-    },
+    fields={**SPECTRUM_FIELDS, "proportional_parameters": boolean, "wavelet_family": _wavelet, "use_idwt": boolean},
     lower=lower,
 )

@@ -19,7 +19,8 @@ from server.adapters.lower.peft.replaced import lower_biases, lower_replaced_mod
 from server.adapters.lower.source import Source
 
 Shapes = Mapping[str, tuple[str | int, ...]]
-"""What a group holds: the end of each key → its shape. ``in`` and ``out`` are the site's; any other letter is one size for the whole group."""
+"""What a group holds: the end of each key → its shape. ``in`` and ``out`` are the site's; any other letter is one size for the whole group,
+``r`` its rank."""
 LINEARS: tuple[SiteKind, ...] = ("linear", "head")
 MAX_RANK = 65536
 """For config fields. What is really made is bounded by ``Source.reserve``."""
@@ -73,14 +74,7 @@ def tensor_groups(
     ``integers`` are tensors of integers. Empty tensors are refused unless they ``may_be_empty``. A site whose group is incomplete, does
     not fit, or stands at a module of another kind is a fault and is left out.
     """
-    specs = base.spec.by_name()
-    for site in source.sites:
-        if not any(tail.startswith(prefix) for tail in source.tails(site)):
-            continue
-        spec = specs[site]
-        if spec.kind not in kinds:
-            source.fault("wrong_module", site, f"{prefix}… is not served on a module of the kind {spec.kind}")
-            continue
+    for spec in source.sites(prefix, kinds):
         wanted = shapes(spec) if callable(shapes) else shapes
         group = _take(source, base, spec, wanted, integers, may_be_empty)
         if group is not None:
@@ -93,10 +87,14 @@ def lower_groups(
     prefix: str,
     shapes: Shapes | Callable[[SiteSpec], Shapes],
     lower_site: Callable[[Program, Group], None],
+    *,
+    integers: frozenset[str] = frozenset(),
+    kinds: tuple[SiteKind, ...] = LINEARS,
+    may_be_empty: bool = False,
 ) -> Program:
     """A whole checkpoint of a method that treats each site by itself: ``lower_site`` for every group, then biases and replaced modules."""
     program = Program()
-    for group in tensor_groups(source, base, prefix, shapes):
+    for group in tensor_groups(source, base, prefix, shapes, integers=integers, kinds=kinds, may_be_empty=may_be_empty):
         lower_site(program, group)
     return with_saved_modules(source, base, program)
 
@@ -108,11 +106,20 @@ def with_saved_modules(source: Source, base: Base, program: Program) -> Program:
     return program
 
 
-def shared_tensor(source: Source, name: str, shape: tuple[int | None, ...]) -> Tensor | None:
+def shared_tensor(source: Source, name: str, shape: tuple[int | None, ...], *, integers: bool = False) -> Tensor | None:
     """A tensor of the method itself, which belongs to no site. When it is missing, or does not fit, a fault and None."""
     if name not in source.shared:
         source.fault("missing_tensor", f"base_model.{name}", "the checkpoint is incomplete without this tensor", str(shape))
-    return source.take_shared(name, shape)
+    return source.take_shared(name, shape, integers=integers)
+
+
+def fills_module(source: Source, group: Group, rows: int, columns: int) -> bool:
+    """Whether blocks add up to the module's ``(out, in)``; a fault when they do not."""
+    expected = (group.spec.out_features, group.spec.in_features)
+    if (rows, columns) != expected:
+        message = "the blocks do not add up to the module; was the adapter trained on another base model?"
+        source.fault("wrong_shape", group.site, message, str(expected), str((rows, columns)))
+    return (rows, columns) == expected
 
 
 def module_rank(source: Source, site: str, default: int, stored: int | None = None) -> int | None:
@@ -130,9 +137,9 @@ def module_rank(source: Source, site: str, default: int, stored: int | None = No
     return int(rank)
 
 
-def module_alpha(source: Source, site: str, default: float) -> float:
-    """``alpha`` of one module after ``alpha_pattern``; a fault and 0 when it is no number."""
-    alpha = source.pattern("alpha_pattern", site, source.config.get("alpha", default))
+def module_alpha(source: Source, site: str, default: float, *, field: str = "alpha") -> float:
+    """``alpha`` of one module after ``alpha_pattern``, ``field`` where that says nothing; a fault and 0 when it is no number."""
+    alpha = source.pattern("alpha_pattern", site, source.config.get(field, default))
     if number(-1e6, 1e6)(alpha) is not None:
         source.field_fault("alpha_pattern", "alpha must be a finite number")
         return 0.0
@@ -152,25 +159,26 @@ def _take(
         tensor = source.take(spec.name, tail, (None,) * len(shape), integers=tail in integers)
         if tensor is None:
             continue
-        if not _fits(tensor, shape, sizes) or not (tensor.numel() or may_be_empty):
+        misfits = _misfits(tensor, shape, sizes)
+        if misfits or not (tensor.numel() or may_be_empty):
             expected = ", ".join(f"{size}={sizes[size]}" if size in sizes else str(size) for size in map(str, shape))
-            source.fault(
-                "wrong_shape",
-                where,
-                "the tensor does not fit the base model, or the others of its group",
-                f"({expected})",
-                str(tuple(tensor.shape)),
-            )
+            code, message = "wrong_shape", "the tensor does not fit the base model, or the others of its group"
+            if misfits == {"r"}:
+                code, message = "wrong_rank", "the tensor's rank r is not that of the others of its group"
+            source.fault(code, where, message, f"({expected})", str(tuple(tensor.shape)))
             continue
         found[tail] = tensor if tail in integers else tensor.to(base.compute)
     return Group(spec, found, sizes) if len(found) == len(shapes) else None
 
 
-def _fits(tensor: Tensor, shape: tuple[str | int, ...], sizes: dict[str, int]) -> bool:
-    """Whether a tensor has a shape; letters met for the first time take their sizes from it, in ``sizes``."""
+def _misfits(tensor: Tensor, shape: tuple[str | int, ...], sizes: dict[str, int]) -> set[str | int]:
+    """What a tensor does not fit of a shape. When it fits, letters met for the first time take their sizes from it, in ``sizes``."""
     known = dict(sizes)
-    for size, actual in zip(shape, tensor.shape, strict=True):
-        if (known.setdefault(size, actual) if isinstance(size, str) else size) != actual:
-            return False
-    sizes.update(known)
-    return True
+    misfits = {
+        size
+        for size, actual in zip(shape, tensor.shape, strict=True)
+        if (known.setdefault(size, actual) if isinstance(size, str) else size) != actual
+    }
+    if not misfits:
+        sizes.update(known)
+    return misfits
