@@ -65,7 +65,8 @@ bench: $(VENV)/.ready ## measure Medley and peft on the same work, or with METHO
 	@$(BIN)/python -m benchmarks.$(if $(METHODS),methods,throughput)
 
 golden: .venv-adapters/.ready ## make the AdapterHub checkpoints of tests/golden again, with the library itself
-	@HF_HUB_OFFLINE=1 .venv-adapters/bin/python tests/golden/make_golden.py
+	@HF_HUB_OFFLINE=1 .venv-adapters/bin/python -m tests.golden.make_golden
+	@HF_HUB_OFFLINE=1 .venv-adapters/bin/python -m tests.golden.make_news
 
 clean: ## remove environments and caches, keep data
 	rm -rf $(VENV) .venv-clients .venv-adapters .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -107,7 +107,7 @@ def _zip_members(path: Path) -> Iterator[_Member]:
 
 
 def _tar_members(path: Path) -> Iterator[_Member]:
-    with tarfile.open(path, mode="r:*") as archive:
+    with tarfile.open(path, mode="r:*", errors="replace") as archive:
         for info in archive:
             if info.isdir():
                 continue

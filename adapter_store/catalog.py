@@ -153,6 +153,16 @@ class Catalog:
         with self._engine.connect() as connection:
             return {sha256 for (text,) in connection.execute(select(_versions.c.blobs)) for sha256 in json.loads(text).values()}
 
+    def digests(self) -> set[str]:
+        """The digests of all versions of all tenants."""
+        with self._engine.connect() as connection:
+            return set(connection.execute(select(_versions.c.digest).distinct()).scalars())
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether any tenant has a version with this digest."""
+        with self._engine.connect() as connection:
+            return connection.execute(select(_versions.c.number).where(_versions.c.digest == digest).limit(1)).first() is not None
+
     def count(self) -> int:
         """Names over all tenants."""
         with self._engine.connect() as connection:

@@ -37,11 +37,29 @@ def read_config(path: Path, label: str = "adapter_config.json") -> dict[str, Any
 def read_labels(path: Path, label: str) -> tuple[str, ...]:
     """The names of a classifier's outputs, in order, or ConfigFault."""
     names = _read(path, label)
-    if not isinstance(names, list) or not all(isinstance(name, str) and 0 < len(name) <= MAX_LABEL for name in names):
-        raise ConfigFault(f"must be a list of strings of up to {MAX_LABEL} characters", label, type(names).__name__)
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str) and 0 < len(name) <= MAX_LABEL for name in names)
+    ):
+        raise ConfigFault(
+            f"must be a list of at least one string, each of 1 to {MAX_LABEL} characters",
+            label,
+            f"{type(names).__name__}: {names!r}"[:80],
+        )
+    if unprintable := [name for name in names if not name.isprintable()]:
+        raise ConfigFault("labels are shown on terminals; leave control characters out", label, repr(unprintable[0])[:80])
     if len(set(names)) != len(names):
         raise ConfigFault("two outputs have the same name", label)
     return tuple(names)
+
+
+def _check_text(value: Any) -> None:
+    """Raises ConfigFault for half of a surrogate pair anywhere in a JSON value: JSON can spell it, but it is no text and has no UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigFault("a text in the file holds half of a surrogate pair", found=ascii(error.object[error.start])) from error
 
 
 def _read(path: Path, label: str) -> Any:
@@ -50,11 +68,13 @@ def _read(path: Path, label: str) -> Any:
     try:
         text = path.read_bytes().decode("utf-8")
         _check_depth(text)
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        _check_text(value)
+        return value
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigFault(f"the file is not JSON in UTF-8: {error}"[:200], label) from error
     except ValueError as error:
-        raise ConfigFault(f"a number in the file cannot be read: {error}"[:200], label) from error
+        raise ConfigFault("a number in the file has more digits than are read", label) from error
     except ConfigFault as fault:
         raise ConfigFault(str(fault), label, fault.fault.found) from None
 

@@ -61,9 +61,9 @@ def read_header(path: Path, label: str) -> tuple[TensorEntry, ...]:
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise HeaderFault(
                 label,
-                "the header length is impossible; the file is truncated or not safetensors",
-                f"at most {size - 8}",
-                str(length),
+                "the header is too long, or the file truncated or not safetensors",
+                f"at most {min(MAX_HEADER_BYTES, size - 8)} bytes",
+                f"{length} bytes",
             )
         header = _parse(file.read(length), label)
     return _entries(header, 8 + length, size, label)
@@ -117,11 +117,17 @@ def _parse(data: bytes, label: str) -> dict[str, Any]:
 
     try:
         header = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        json.dumps(header, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair; it has no UTF-8, so that nothing could be said of it.
+        raise HeaderFault(label, "a name in the header holds half of a surrogate pair") from error
+    except (ValueError, RecursionError) as error:
         raise HeaderFault(label, "the header is not JSON; the file is corrupt or not safetensors") from error
     if not isinstance(header, dict):
         raise HeaderFault(label, "the header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise HeaderFault("__metadata__", "metadata must be an object of texts")
     if len(header) > MAX_TENSORS:
         raise HeaderFault(label, "too many tensors", f"at most {MAX_TENSORS}", str(len(header)))
     return header

@@ -97,6 +97,14 @@ class Store:
         """Remove a name or one version of it. Blobs that nobody uses any more go at the next sweep."""
         return self._catalog.remove(tenant, parse_reference(reference))
 
+    def has_digest(self, digest: str) -> bool:
+        """Whether any tenant has an adapter of these files. For the server's own care of what it made of them, never for an answer."""
+        return self._catalog.has_digest(digest)
+
+    def digests(self) -> set[str]:
+        """The digests of everything stored, whoever has it."""
+        return self._catalog.digests()
+
     def files(self, version: AdapterVersion) -> dict[str, Path]:
         """Local files of a version by role."""
         return {role: self._blobs.path(sha256) for role, sha256 in version.blobs.items()}

@@ -115,7 +115,8 @@ def create_app(services: Services) -> FastAPI:
             stack.push_async_callback(services.registry.close)
             stack.push_async_callback(services.engine.stop)
             stack.push_async_callback(services.lowerer.stop)
-            await asyncio.gather(services.engine.start(), services.lowerer.start())
+            stored = await asyncio.to_thread(services.store.digests)
+            await asyncio.gather(services.engine.start(), services.lowerer.start(stored))
             publisher = asyncio.create_task(_publish(services), name="residency-publisher")
             try:
                 yield

@@ -4,6 +4,7 @@ ApiError
 ├── raised by routes, with a code of TABLE
 ├── from_store_error     adapter_store.errors.StoreError
 ├── from_lowering_error  server.adapters.faults.LoweringError
+├── from_turns           server.adapters.turns.TooManyWaiting
 └── from_engine          server.engine.client's exceptions, and errors inside a stream
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from adapter_store.errors import AdapterRejected, StoreError
 from server.adapters.faults import LoweringError
+from server.adapters.turns import TooManyWaiting
 from server.engine.client import EngineOverloaded, EngineUnavailable
 from server.engine.types import RequestError
 
@@ -63,7 +65,13 @@ TABLE = (
     ErrorCode("validation", 422, _INVALID, "A parameter of /generate is malformed, unknown or out of range."),
     ErrorCode("no_task_head", 422, _INVALID, "The adapter has no classifier; the message names those of yours that have one."),
     ErrorCode("program_too_large", 422, _INVALID, "The adapter is larger than what the device's bank may hold."),
-    ErrorCode("overloaded", 429, "rate_limit_error", "The queue is full; wait as long as Retry-After says.", retry=True),
+    ErrorCode(
+        "overloaded",
+        429,
+        "rate_limit_error",
+        "The queue is full, or you have too much in it; wait as long as Retry-After says.",
+        retry=True,
+    ),
     ErrorCode("internal_error", 500, _SERVER, "The server failed on this request; its log has the request id."),
     ErrorCode(
         "non_finite_output", 500, _SERVER, "The computation overflowed for this adapter and prompt; nobody else was affected."
@@ -149,7 +157,8 @@ class ApiError(Exception):
 
     def tgi_body(self) -> dict[str, Any]:
         """The shape of text-generation-inference and LoRAX clients."""
-        return {"error": self.message, "error_type": _TGI_TYPES.get(self.row.code, "generation"), "code": self.row.code}
+        body = {"error": self.message, "error_type": _TGI_TYPES.get(self.row.code, "generation"), "code": self.row.code}
+        return {**body, "faults": self.faults} if self.faults else body
 
 
 _TGI_TYPES = dict.fromkeys(
@@ -162,6 +171,8 @@ _TGI_TYPES = dict.fromkeys(
         "invalid_adapter_name",
         "unsupported_parameter",
         "not_composable",
+        "task_not_served",
+        "invalid_token_id",
     ),
     "validation",
 ) | {"overloaded": "overloaded"}
@@ -189,6 +200,11 @@ def from_engine(error: EngineOverloaded | EngineUnavailable | RequestError) -> A
     if isinstance(error, EngineUnavailable):
         return ApiError(error.code, CODES[error.code].meaning)
     return ApiError(error.code if error.code in CODES else "internal_error", error.message)
+
+
+def from_turns(error: TooManyWaiting) -> ApiError:
+    """A tenant that asks for more lowering than is done for it at a time."""
+    return ApiError("overloaded", str(error), retry_after_s=error.retry_after_s)
 
 
 def _rejected(faults: Sequence[Any]) -> ApiError:

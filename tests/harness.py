@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from adapter_store.staging import ROLES
 from server.adapters.base_spec import describe
-from server.adapters.lower import Checkpoint, lower
+from server.adapters.lower import lower
 from server.adapters.lower.base import Base, BaseWeights
+from server.adapters.lower.checkpoint import read_checkpoint
 from server.adapters.program_file import write_program
 from server.adapters.skeleton import skeleton
 from server.engine.batch import Batch
@@ -53,9 +53,9 @@ def load_base_for_lowering(directory: Path, dtype: str = "float32") -> Base:
 
 
 def lower_directory(adapter: Path, base: Base, program_id: str) -> ProgramRef:
-    """Lower a PEFT directory and write its program file beside it."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    program = lower(Checkpoint(config, load_file(adapter / "adapter_model.safetensors")), base)
+    """Lower an adapter's directory and write its program file beside it."""
+    files = {role: adapter / name for name, role in ROLES.items() if (adapter / name).exists()}
+    program = lower(read_checkpoint(files), base)
     path = adapter / f"program-{base.spec.dtype}.safetensors"
     write_program(path, program, program_id=program_id, facts={})
     return ProgramRef(program_id, str(path))

@@ -16,8 +16,10 @@ from pathlib import Path
 
 @dataclass(slots=True)
 class _Composite:
+    """``nbytes`` 0: it is wanted, and not made yet. ``users`` are requests, from before they ask for it to their end."""
+
     digests: frozenset[str]
-    nbytes: int
+    nbytes: int = 0
     users: int = 0
     doomed: bool = False
 
@@ -43,37 +45,41 @@ class Composites:
     def path(self, program_id: str) -> Path:
         return self._directory / f"{program_id}.safetensors"
 
-    def find(self, program_id: str) -> Path | None:
-        """Its file if there is one; asking keeps it from going first."""
-        if program_id not in self._known:
-            return None
-        self._known.move_to_end(program_id)
-        self._known[program_id].doomed = False
-        return self.path(program_id)
-
-    def add(self, program_id: str, digests: frozenset[str]) -> None:
-        """A file that was just written, made of these adapters. Others go when the budget is spent."""
-        self._known[program_id] = _Composite(digests, self.path(program_id).stat().st_size)
-        for name in list(self._known)[:-1]:
-            if self.nbytes <= self._max_bytes:
-                break
-            if not self._known[name].users:
-                self._remove(name)
-
     @contextlib.contextmanager
-    def using(self, program_id: str) -> Iterator[None]:
-        """Keep the file while a request may need it. Ids of other programs are fine."""
-        item = self._known.get(program_id)
-        if item is None:
-            yield
-            return
+    def using(self, program_id: str, digests: frozenset[str]) -> Iterator[None]:
+        """Keep a composite of these adapters, or the place for it, while a request may need it."""
+        item = self._known.setdefault(program_id, _Composite(digests))
         item.users += 1
         try:
             yield
         finally:
             item.users -= 1
-            if item.doomed and not item.users:
+            if not item.users and (item.doomed or not item.nbytes):
                 self._remove(program_id)
+
+    def find(self, program_id: str) -> Path | None:
+        """The file of a composite in use, if it was made already; asking keeps it from going first."""
+        item = self._known.get(program_id)
+        if item is None:
+            return None
+        self._known.move_to_end(program_id)
+        # Who asks has the adapters: pushed again, if they were deleted.
+        item.doomed = False
+        return self.path(program_id) if item.nbytes else None
+
+    def add(self, program_id: str) -> None:
+        """The file of a composite was just written. Others go when the budget is spent, those in use excepted."""
+        item = self._known.get(program_id)
+        if item is None:
+            # Everybody who wanted it went away while it was made.
+            self.path(program_id).unlink(missing_ok=True)
+            return
+        item.nbytes = self.path(program_id).stat().st_size
+        for name in [name for name in self._known if name != program_id]:
+            if self.nbytes <= self._max_bytes:
+                break
+            if not self._known[name].users:
+                self._remove(name)
 
     def forget(self, digest: str) -> list[str]:
         """Remove the composites of an adapter, those in use when they are no longer; their program ids."""

@@ -1,4 +1,5 @@
-"""The asyncio client of the lowering process: starts it, hands it uploads and compositions one at a time, and ends it when it takes too long.
+"""The asyncio client of the lowering process: starts it, hands it uploads and compositions one at a time, tenants taking turns, and ends it
+when it takes too long.
 
 Both ends speak msgspec over a ZeroMQ ipc socket. The program file that results is a cache: it can always be made again from the
 adapters' files.
@@ -10,7 +11,7 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,13 @@ from safetensors import safe_open
 from server.adapters.composites import Composites
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.identity import program_id
+from server.adapters.turns import Turns
 
 _START_TIMEOUT_S = 120.0
+_MAX_WAITING = 16
+"""Uploads and compositions of a tenant that may wait for their turn."""
+_NOBODY = ""
+"""Starting and stopping have their turns too."""
 _COMPOSITE_BUDGET = 8
 """Bytes of composite files, counted in programs of the largest size: what leaves the disk has most likely left the device before."""
 
@@ -105,20 +111,21 @@ class LowererClient:
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._child: asyncio.subprocess.Process | None = None
-        self._turn = asyncio.Lock()
+        self._turns = Turns(_MAX_WAITING)
         self._under_way: dict[str, asyncio.Task[LoweredProgram]] = {}
         self._starts = 0
 
-    async def start(self) -> None:
-        """Start the child and wait until it knows the base."""
+    async def start(self, stored: Collection[str]) -> None:
+        """Start the child and wait until it knows the base. Programs of other adapters than the ``stored`` digests are removed."""
         await asyncio.to_thread(self._composites.clear)
-        async with self._turn:
+        await asyncio.to_thread(self._sweep, stored)
+        async with self._turns.of(_NOBODY):
             await self._launch()
 
     async def stop(self) -> None:
         for task in self._under_way.values():
             task.cancel()
-        async with self._turn:
+        async with self._turns.of(_NOBODY):
             await self._end_child()
         self._context.destroy(linger=0)
         self._directory.cleanup()
@@ -127,23 +134,27 @@ class LowererClient:
         """The id of the program that a single adapter lowers to."""
         return program_id(((digest, 1.0),), self._base_digest)
 
-    async def ensure(self, digest: str, files: Mapping[str, Path]) -> LoweredProgram:
-        """The program of the adapter with these files by role, lowered now unless it is there. Raises LoweringError with all faults."""
-        name = self.program_id(digest)
-        return await self._once(name, lambda: self._ensure(name, files))
+    async def ensure(self, tenant: str, digest: str, files: Mapping[str, Path]) -> LoweredProgram:
+        """The program of the adapter with these files by role, lowered now unless it is there.
 
-    async def compose(self, parts: Sequence[tuple[str, float]], drop: int = 0) -> LoweredProgram:
+        Raises LoweringError with all faults, and TooManyWaiting when the tenant has too much under way.
+        """
+        name = self.program_id(digest)
+        return await self._once(name, lambda: self._ensure(tenant, name, files))
+
+    async def compose(self, tenant: str, parts: Sequence[tuple[str, float]], drop: int = 0) -> LoweredProgram:
         """The program of several adapters ``(digest, weight)`` together, without the edits of the first ``drop`` layers.
 
-        Their own programs must be there: ``ensure`` each of them first. Raises LoweringError, whose faults are ``not_composable`` where
-        the adapters do not add up.
+        Call it, and use what it gives, ``using`` them. Their own programs must be there: ``ensure`` each of them first. Raises TooManyWaiting, and
+        LoweringError, whose faults are ``not_composable`` where the adapters do not add up.
         """
         name = program_id(tuple(parts), self._base_digest, drop=drop)
-        return await self._once(name, lambda: self._compose(name, parts, drop))
+        return await self._once(name, lambda: self._compose(tenant, name, parts, drop))
 
-    def using(self, program_id: str) -> AbstractContextManager[None]:
-        """Keeps a composite's file for as long as a request runs on it; other programs' files always stay."""
-        return self._composites.using(program_id)
+    def using(self, parts: Sequence[tuple[str, float]], drop: int = 0) -> AbstractContextManager[None]:
+        """Keeps the file of a composition for as long as a request runs on it; single adapters' programs always stay."""
+        name = program_id(tuple(parts), self._base_digest, drop=drop)
+        return self._composites.using(name, frozenset(digest for digest, _ in parts))
 
     def forget(self, digest: str) -> list[str]:
         """A deleted adapter's composites go with it. Returns the ids of all programs that were made of it."""
@@ -159,25 +170,32 @@ class LowererClient:
         # One caller that goes away must not take the work from the others.
         return await asyncio.shield(task)
 
-    async def _ensure(self, name: str, files: Mapping[str, Path]) -> LoweredProgram:
+    async def _ensure(self, tenant: str, name: str, files: Mapping[str, Path]) -> LoweredProgram:
         path = self._path(name)
         if path.exists():
             return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
-        return await self._make(Job({role: str(file) for role, file in files.items()}, str(path), name))
+        return await self._make(tenant, Job({role: str(file) for role, file in files.items()}, str(path), name))
 
-    async def _compose(self, name: str, parts: Sequence[tuple[str, float]], drop: int) -> LoweredProgram:
+    async def _compose(self, tenant: str, name: str, parts: Sequence[tuple[str, float]], drop: int) -> LoweredProgram:
         if (path := self._composites.find(name)) is not None:
             return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
         ingredients = [Ingredient(digest, weight, str(self._path(self.program_id(digest)))) for digest, weight in parts]
-        made = await self._make(Compose(ingredients, drop, str(self._composites.path(name)), name))
-        self._composites.add(name, frozenset(digest for digest, _ in parts))
+        made = await self._make(tenant, Compose(ingredients, drop, str(self._composites.path(name)), name))
+        self._composites.add(name)
         return made
+
+    def _sweep(self, stored: Collection[str]) -> None:
+        """Remove what deleted adapters and interrupted writes left; while the server runs, a request may still need it."""
+        kept = {self._path(self.program_id(digest)) for digest in stored}
+        for path in self._programs.iterdir():
+            if path.is_file() and path not in kept:
+                path.unlink(missing_ok=True)
 
     def _path(self, program_id: str) -> Path:
         return self._programs / f"{program_id}.safetensors"
 
-    async def _make(self, job: Job | Compose) -> LoweredProgram:
-        async with self._turn:
+    async def _make(self, tenant: str, job: Job | Compose) -> LoweredProgram:
+        async with self._turns.of(tenant):
             done = await self._run(job)
         if done.faults:
             raise LoweringError(done.faults)

@@ -68,7 +68,7 @@ def _make(job: Job | Compose, base: Base, max_bytes: int) -> Done:
         return Done(faults=list(error.faults))
     except MemoryError:
         return Done(faults=[Fault("program_too_large", "adapter", "lowering the adapter needs more memory than is allowed")])
-    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, KeyError, ArithmeticError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, LookupError, AttributeError, ArithmeticError) as error:
         # A fault that no check foresaw: the adapter is refused, the service goes on, and the log has the details.
         print(f"lowerer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the child's log
         return Done(faults=[Fault("lowering_failed", "adapter", f"the adapter cannot be lowered ({type(error).__name__})")])
@@ -112,6 +112,7 @@ def _facts(program: Program) -> dict[str, Any]:
         "program_bytes": program.nbytes,
         "virtual_tokens": len(program.prologue),
         "labels": list(program.head.labels) if program.head is not None else [],
+        "pooling": program.head.pooling if program.head is not None else None,
         **({"notes": program.notes} if program.notes else {}),
     }
 

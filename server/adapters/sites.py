@@ -6,6 +6,7 @@ A site with nothing to do in a step is one attribute read away from the module t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from server.adapters.activations import ACTIVATIONS
-from server.adapters.apply import StepEdits, add_linear_terms, add_pairs, rotate_rows
+from server.adapters.apply import LONG_RUN, StepEdits, add_linear_terms, add_pairs, rotate_rows
 from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec, Sublayer
 from server.adapters.bottleneck import Streams, SublayerResult, SublayerWork, run_sublayer, sublayer_work
@@ -161,8 +162,17 @@ class HeadSite(LinearSite):
         return y
 
 
+@dataclass(frozen=True, slots=True)
+class NormRows:
+    """Rows ``(n,)`` with norm parameters of their own, ``weight`` and ``bias (n, width)``."""
+
+    rows: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 class NormSite(Site):
-    """Replaced norm parameters, by running the original module's own code with them on the rows concerned."""
+    """Replaced norm parameters: the original module's own code with them for long runs, one pass with a row of parameters each for short ones."""
 
     def forward(self, x: Tensor) -> Tensor:
         edits = self.state.edits
@@ -173,12 +183,42 @@ class NormSite(Site):
         return self._normed(x, edits) if work is None else self._joined(x, edits, work)
 
     def _normed(self, x: Tensor, edits: StepEdits) -> Tensor:
+        """``x (1, T, …, width)``, or ``(T, width)`` in families that flatten; between T and the width there may be heads."""
         y: Tensor = self.inner(x)
-        for start, end, found in edits.extras(self.spec.name, "norm."):
-            rows = (..., slice(start, end), slice(None))
-            y[rows] = torch.func.functional_call(self.inner, found, (x[rows],))
+        runs = edits.extras(self.spec.name, "norm.")
+        if runs:
+            given, made = (x, y) if x.dim() == 2 else (x[0], y[0])
+            for start, end, found in runs:
+                if end - start >= LONG_RUN:
+                    made[start:end] = torch.func.functional_call(self.inner, found, (given[start:end],))
+            short = edits.once(f"{self.spec.name} norms", lambda: self._short(runs))
+            if short is not None:
+                made.index_copy_(0, short.rows, self._by_row(given.index_select(0, short.rows), short))
         self.put_virtual(y)
         return y
+
+    def _short(self, runs: list[tuple[int, int, dict[str, Tensor]]]) -> NormRows | None:
+        short = [(start, end, found) for start, end, found in runs if end - start < LONG_RUN]
+        if not short:
+            return None
+        own = dict(self.inner.named_parameters())
+
+        def expanded(name: str) -> Tensor:
+            return torch.cat([found.get(name, own[name]).expand(end - start, -1) for start, end, found in short])
+
+        rows = torch.cat([torch.arange(start, end) for start, end, _ in short]).to(own["weight"].device)
+        return NormRows(rows, expanded("weight"), expanded("bias") if "bias" in own else None)
+
+    def _by_row(self, x: Tensor, short: NormRows) -> Tensor:
+        """The norm of ``x (n, …, width)``, each row with its own parameters."""
+        shape = (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
+        weight = short.weight.view(shape)
+        if not isinstance(self.inner, nn.LayerNorm):
+            # RMS norms multiply by a weight that broadcasts, each in its family's own way.
+            return torch.func.functional_call(self.inner, {"weight": weight}, (x,))  # type: ignore[no-any-return]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.layer_norm(x.to(wide), self.inner.normalized_shape, eps=self.inner.eps) * weight
+        return (normed if short.bias is None else normed + short.bias.view(shape)).to(x.dtype)
 
     def _joined(self, x: Tensor, edits: StepEdits, work: SublayerWork) -> Tensor:
         """Post-norm: ``x`` is sub-layer's output plus residual; bottlenecks change the former before the norm."""

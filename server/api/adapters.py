@@ -12,18 +12,34 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from adapter_store.errors import StoreError
-from adapter_store.manifest import check_name
+from adapter_store.manifest import NAME_GRAMMAR, check_name
 from adapter_store.staging import Staging
 from adapter_store.store import AdapterRecord, AdapterVersion
 from server.adapters.faults import LoweringError
-from server.errors import ApiError, from_lowering_error, from_store_error
+from server.adapters.turns import TooManyWaiting
+from server.errors import ApiError, from_lowering_error, from_store_error, from_turns
 
 router = APIRouter(prefix="/v1/adapters")
 _MAX_PARTS = 64
 _MAX_FIELD = 256
 
 
-@router.post("", status_code=201)
+_FORM = {
+    "type": "object",
+    "required": ["files"],
+    "properties": {
+        "name": {"type": "string", "pattern": f"^{NAME_GRAMMAR}$"},
+        "files": {"type": "array", "maxItems": _MAX_PARTS, "items": {"type": "string", "format": "binary"}},
+    },
+}
+"""The form that is read part by part, for the OpenAPI document."""
+
+
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
+)
 async def push(request: Request, name: str | None = Query(default=None)) -> JSONResponse:
     """Multipart: field ``name`` (or the query parameter), and the files of an adapter's directory or one zip or tar."""
     services = request.app.state.services
@@ -39,7 +55,7 @@ async def push(request: Request, name: str | None = Query(default=None)) -> JSON
             check_name(name)
             staged = await asyncio.to_thread(staging.finish)
             staged = await asyncio.to_thread(services.store.with_children, tenant, staged)
-            program = await services.lowerer.ensure(staged.digest, staged.paths)
+            program = await services.lowerer.ensure(tenant, staged.digest, staged.paths)
             version = await asyncio.to_thread(services.store.commit, tenant, name, staged, program.facts)
         result = "published"
         services.metrics.upload_bytes.inc(version.nbytes)
@@ -51,6 +67,9 @@ async def push(request: Request, name: str | None = Query(default=None)) -> JSON
     except LoweringError as error:
         result = "refused"
         raise from_lowering_error(error) from error
+    except TooManyWaiting as error:
+        result = "refused"
+        raise from_turns(error) from error
     except ClientDisconnect as error:
         result = "aborted"
         raise ApiError("invalid_request", "the upload ended before all of it had arrived") from error
@@ -93,8 +112,10 @@ async def delete(request: Request, reference: str) -> dict[str, Any]:
     except StoreError as error:
         raise from_store_error(error) from error
     for version in gone:
-        for program_id in services.lowerer.forget(version.digest):
-            await services.engine.drop_program(program_id)
+        # The same files may be somebody else's adapter, or this tenant's under another name.
+        if not await asyncio.to_thread(services.store.has_digest, version.digest):
+            for program_id in services.lowerer.forget(version.digest):
+                await services.engine.drop_program(program_id)
     return {
         "object": "adapter.deleted",
         "deleted": [{"name": item.name, "version": f"v{item.number}", "digest": item.digest} for item in gone],

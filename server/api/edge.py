@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -28,7 +29,7 @@ log = logging.getLogger("medley.access")
 
 
 class Edge:
-    """Wraps the application. ``scope["state"]`` then has ``tenant`` and ``request_id``."""
+    """Wraps the application. ``scope["state"]`` then has ``tenant``, ``request_id``, and ``held``: what stays until all of the reply is sent."""
 
     def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics) -> None:
         self._app = app
@@ -44,7 +45,7 @@ class Edge:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         state = scope.setdefault("state", {})
-        state["request_id"], state["tenant"] = request_id, ""
+        state["request_id"], state["tenant"], state["held"] = request_id, "", ExitStack()
         status = 500
 
         async def tagged(message: Message) -> None:
@@ -60,6 +61,7 @@ class Edge:
         except ApiError as error:
             await error_response(scope["path"], error)(scope, receive, tagged)
         finally:
+            state["held"].close()
             self._record(scope, state, status, time.monotonic() - started)
 
     def _admit(self, scope: Scope, headers: dict[str, str], state: dict[str, Any]) -> None:

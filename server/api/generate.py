@@ -85,16 +85,16 @@ async def _call(request: Request, generation: Generation, body: GenerateRequest)
             f"adapter_source {parameters.adapter_source!r} is not served: adapters are pushed to this server (`medley push`), never fetched for you",
             param="adapter_source",
         )
-    program, digests = await generation.resolve(request.state.tenant, parameters.selection)
-    request.state.adapter = "+".join(digests)
+    resolved = await generation.resolve(request.state.tenant, request.state.held, parameters.selection)
+    request.state.adapter = "+".join(resolved.digests)
     if parameters.apply_chat_template:
         tokens = await generation.encode_chat([{"role": "user", "content": body.inputs}])
     else:
-        tokens = await generation.encode(body.inputs)
+        (tokens,) = await generation.encode([body.inputs])
     if parameters.truncate is not None:
         tokens = tokens[-parameters.truncate :]
-    max_tokens = generation.check_prompt(tokens, parameters.max_new_tokens, "inputs", program)
-    return Call(request.state.tenant, tokens, parameters.sampling(max_tokens), program, tuple(parameters.stop))
+    max_tokens = generation.check_prompt(tokens, parameters.max_new_tokens, "inputs", resolved.program)
+    return Call(request.state.tenant, tokens, parameters.sampling(max_tokens), resolved.program, tuple(parameters.stop))
 
 
 async def _events(generation: Generation, body: GenerateRequest, call: Call) -> AsyncIterator[dict[str, Any]]:

@@ -9,13 +9,14 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 
 from adapter_store.errors import StoreError
 from adapter_store.store import Store
 from server.adapters.faults import LoweringError
 from server.adapters.lowerer import LoweredProgram, LowererClient
+from server.adapters.turns import TooManyWaiting
 from server.api.selection import Selection
 from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable
 from server.engine.types import (
@@ -30,7 +31,7 @@ from server.engine.types import (
     TaskResult,
     TokenLogprob,
 )
-from server.errors import ApiError, from_engine, from_lowering_error, from_store_error
+from server.errors import ApiError, from_engine, from_lowering_error, from_store_error, from_turns
 from server.metrics import Metrics
 from server.tokenizer import Detokenizer, StopText, Tokenizer, TokenizerError
 
@@ -42,6 +43,19 @@ _NOT_SERVED = {
     Task.CLASSIFY: "this base model does not serve classifiers",
     Task.EMBED: "the base model's own pooling (modules.json) is not served, so that it has no embeddings here",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a request runs on: a program, and the digests of the adapters in it; the base has none.
+
+    ``num_labels`` is of its classifier, 0 without one; ``per_token``: it answers for every token.
+    """
+
+    program: ProgramRef = BASE
+    digests: tuple[str, ...] = ()
+    num_labels: int = 0
+    per_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +139,8 @@ class Generation:
             raise ApiError("engine_unavailable", "the engine has not started yet")
         return self._engine.info
 
-    async def resolve(self, tenant: str, wanted: Selection, task: Task = Task.GENERATE) -> tuple[ProgramRef, tuple[str, ...]]:
-        """The program of what is asked for, made again if its file is gone, and the digests of its adapters; the base has none."""
+    async def resolve(self, tenant: str, held: ExitStack, wanted: Selection, task: Task = Task.GENERATE) -> Resolved:
+        """The program of what is asked for, made again if its file is gone. The file stays until ``held`` is closed. Raises ApiError."""
         if task not in self.info.tasks:
             raise ApiError("task_not_served", _NOT_SERVED[task])
         is_base = wanted.name is None or wanted.name in self._base_names
@@ -139,36 +153,47 @@ class Generation:
         if not named and wanted.drop:
             raise ApiError("invalid_request", "adapter_drop needs an adapter of which layers are left out", param="adapter_drop")
         if not named:
-            return BASE, ()
+            return Resolved()
+        if wanted.drop > (layers := self.info.base_spec["num_layers"]):
+            raise ApiError(
+                "not_composable", f"adapter_drop is {wanted.drop}, and the base has {layers} layers", param="adapter_drop"
+            )
         try:
-            program, digests = await self._program(tenant, named, wanted.drop)
+            program, digests = await self._program(tenant, held, named, wanted.drop)
         except StoreError as error:
             raise from_store_error(error) from error
         except LoweringError as error:
             raise from_lowering_error(error) from error
-        return ProgramRef(program.program_id, str(program.path), program.facts.get("virtual_tokens", 0)), digests
+        except TooManyWaiting as error:
+            raise from_turns(error) from error
+        ref = ProgramRef(program.program_id, str(program.path), program.facts.get("virtual_tokens", 0))
+        return Resolved(ref, digests, len(program.facts.get("labels", ())), program.facts.get("pooling") == "none")
 
     async def _program(
-        self, tenant: str, named: Sequence[tuple[str, float]], drop: int
+        self, tenant: str, held: ExitStack, named: Sequence[tuple[str, float]], drop: int
     ) -> tuple[LoweredProgram, tuple[str, ...]]:
-        parts: list[tuple[str, float]] = []
-        for name, weight in named:
-            version = await asyncio.to_thread(self._store.resolve, tenant, name)
-            files = await asyncio.to_thread(self._store.files, version)
-            program = await self._lowerer.ensure(version.digest, files)
-            parts.append((version.digest, weight))
-        digests = tuple(digest for digest, _ in parts)
+        # All names first: what is not there is told before any work.
+        versions = [await asyncio.to_thread(self._store.resolve, tenant, name) for name, _ in named]
+        digests = tuple(version.digest for version in versions)
         if len(set(digests)) < len(digests):
             raise ApiError("not_composable", "the same adapter is named twice; add its weights up", param="adapters")
+        for version in versions:
+            files = await asyncio.to_thread(self._store.files, version)
+            program = await self._lowerer.ensure(tenant, version.digest, files)
+        parts = [(digest, weight) for digest, (_, weight) in zip(digests, named, strict=True)]
         if len(parts) > 1 or parts[0][1] != 1.0 or drop:
-            program = await self._lowerer.compose(parts, drop)
+            held.enter_context(self._lowerer.using(parts, drop))
+            program = await self._lowerer.compose(tenant, parts, drop)
         return program, digests
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Tokens of a prompt; long ones off the event loop."""
-        if len(text) < LONG_TEXT:
-            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens))
+    async def encode(self, inputs: Sequence[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Tokens of texts, and tokens as they are; long texts, and many, off the event loop."""
+        if sum(len(item) for item in inputs if isinstance(item, str)) < LONG_TEXT:
+            return self._encode(inputs)
+        return await asyncio.to_thread(self._encode, inputs)
+
+    def _encode(self, inputs: Sequence[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
+        return [tuple(self.tokenizer.encode(item)) if isinstance(item, str) else item for item in inputs]
 
     async def encode_chat(self, messages: list[dict[str, object]]) -> tuple[int, ...]:
         """Tokens of a conversation. Raises ApiError when the template refuses it."""
@@ -215,17 +240,16 @@ class Generation:
         last = time.monotonic()
         is_first = True
         try:
-            with self._lowerer.using(call.program.program_id):
-                async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
-                    async for output in outputs:
-                        now = time.monotonic()
-                        (self._metrics.first_token if is_first else self._metrics.between_tokens).observe(now - last)
-                        last, is_first = now, False
-                        self._metrics.tokens.labels(label, "output").inc(len(output.token_ids))
-                        delta = self._delta(output, text, stop)
-                        yield delta
-                        if delta.finish_reason is not None:
-                            return
+            async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    now = time.monotonic()
+                    (self._metrics.first_token if is_first else self._metrics.between_tokens).observe(now - last)
+                    last, is_first = now, False
+                    self._metrics.tokens.labels(label, "output").inc(len(output.token_ids))
+                    delta = self._delta(output, text, stop)
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
         except (EngineOverloaded, EngineUnavailable) as error:
             refusal = from_engine(error)
             self._metrics.rejections.labels(refusal.row.code).inc()
@@ -236,13 +260,12 @@ class Generation:
         request = Request(secrets.token_hex(16), token_ids, SamplingParams(), program, tenant, task)
         self._metrics.tokens.labels(self._metrics.tenant(tenant), "input").inc(len(token_ids))
         try:
-            with self._lowerer.using(program.program_id):
-                async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
-                    async for output in outputs:
-                        if output.error is not None:
-                            raise from_engine(output.error)
-                        if output.result is not None:
-                            return output.result
+            async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    if output.error is not None:
+                        raise from_engine(output.error)
+                    if output.result is not None:
+                        return output.result
         except (EngineOverloaded, EngineUnavailable) as error:
             refusal = from_engine(error)
             self._metrics.rejections.labels(refusal.row.code).inc()

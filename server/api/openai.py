@@ -27,13 +27,13 @@ router = APIRouter(prefix="/v1")
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Text after one or several prompts."""
     generation: Generation = request.app.state.services.generation
-    program, digests = await generation.resolve(request.state.tenant, body.selection)
-    request.state.adapter = "+".join(digests)
+    resolved = await generation.resolve(request.state.tenant, request.state.held, body.selection)
+    request.state.adapter = "+".join(resolved.digests)
     found: list[Choice] = []
-    for tokens in await _prompts(generation, body):
-        limit = generation.check_prompt(tokens, body.max_tokens, "prompt", program)
+    for tokens in await generation.encode(body.prompt):
+        limit = generation.check_prompt(tokens, body.max_tokens, "prompt", resolved.program)
         for number in range(body.n or 1):
-            call = Call(request.state.tenant, tokens, body.sampling(limit, number), program, body.stops)
+            call = Call(request.state.tenant, tokens, body.sampling(limit, number), resolved.program, body.stops)
             found.append(
                 Choice(
                     call,
@@ -51,12 +51,12 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     generation: Generation = request.app.state.services.generation
     if body.top_logprobs and not body.logprobs:
         raise ApiError("invalid_request", "top_logprobs needs logprobs: true", param="top_logprobs")
-    program, digests = await generation.resolve(request.state.tenant, body.selection)
-    request.state.adapter = "+".join(digests)
+    resolved = await generation.resolve(request.state.tenant, request.state.held, body.selection)
+    request.state.adapter = "+".join(resolved.digests)
     tokens = await generation.encode_chat([message.plain() for message in body.messages])
-    limit = generation.check_prompt(tokens, body.limit, "messages", program)
+    limit = generation.check_prompt(tokens, body.limit, "messages", resolved.program)
     found = [
-        Choice(Call(request.state.tenant, tokens, body.sampling(limit, number), program, body.stops))
+        Choice(Call(request.state.tenant, tokens, body.sampling(limit, number), resolved.program, body.stops))
         for number in range(body.n or 1)
     ]
     render = choices.ChatRenderer(generation.tokenizer, bool(body.logprobs))
@@ -90,15 +90,6 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 
 def _model(name: str, created: float, owner: str, parent: str | None = None) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": int(created), "owned_by": owner, "parent": parent}
-
-
-async def _prompts(generation: Generation, body: CompletionRequest) -> list[tuple[int, ...]]:
-    prompt: Any = body.prompt
-    if isinstance(prompt, str):
-        return [await generation.encode(prompt)]
-    if isinstance(prompt[0], int):
-        return [tuple(prompt)]
-    return [await generation.encode(item) if isinstance(item, str) else tuple(item) for item in prompt]
 
 
 async def _answer(

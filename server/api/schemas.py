@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from server.adapters.identity import MAX_ADAPTERS, MAX_WEIGHT
+from server.api.inputs import MAX_TOKEN_ID, inputs_type
 from server.api.selection import Selection
 from server.engine.types import SamplingParams
 
 MAX_N = 8
 MAX_PROMPTS = 32
 MAX_STOPS = 4
+MAX_FIELDS = 64
+MAX_BIASES = 300
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenId = Annotated[int, Field(ge=0, lt=MAX_TOKEN_ID)]
 Prompt = Annotated[str, StringConstraints(max_length=2 << 20)]
 Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -29,7 +32,16 @@ AdapterDrop = Annotated[int, Field(ge=0, lt=1 << 20)]
 
 
 class Strict(BaseModel):
+    """No unknown fields, no conversions; and no complaint a field about an object that is nonsense as a whole."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"the object has {len(value)} fields; none has more than {MAX_FIELDS}")
+        return value
 
 
 class WeightedAdapter(Strict):
@@ -142,7 +154,9 @@ class _OpenAIRequest(Strict):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=MAX_BIASES)] | None
+    ) = None
     seed: Seed | None = None
     # Beyond OpenAI, as in vLLM.
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
@@ -171,11 +185,14 @@ class _OpenAIRequest(Strict):
     def biases(self) -> tuple[tuple[int, float], ...]:
         return tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
 
-    @model_validator(mode="after")
-    def _check_biases(self) -> _OpenAIRequest:
-        if any(not token.isdigit() or len(token) > 9 for token in self.logit_bias or {}):
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _check_biases(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_BIASES:
+            raise ValueError(f"up to {MAX_BIASES} token ids may have a bias, not {len(value)}")
+        if isinstance(value, dict) and any(not (token.isascii() and token.isdigit()) or len(token) > 9 for token in value):
             raise ValueError("logit_bias keys must be token ids")
-        return self
+        return value
 
     def _params(self, max_tokens: int, index: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """``index`` is the choice's number: a seed makes each choice reproducible, and different."""
@@ -201,12 +218,7 @@ class _OpenAIRequest(Strict):
 class CompletionRequest(_OpenAIRequest):
     """``POST /v1/completions``. ``prompt``: a text, texts, token ids, or lists of token ids."""
 
-    prompt: (
-        Prompt
-        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: inputs_type(MAX_PROMPTS)  # type: ignore[valid-type]
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 20)] | None = 16
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from server.api.schemas import AdapterDrop, AdapterReference, Prompt, Strict, TokenId, WeightedAdapters, selection_of
+from server.api.inputs import inputs_type
+from server.api.schemas import AdapterDrop, AdapterReference, Strict, WeightedAdapters, selection_of
 from server.api.selection import Selection
 
 MAX_INPUTS = 256
-
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class TaskRequest(Strict):
@@ -20,26 +19,12 @@ class TaskRequest(Strict):
     model: AdapterReference = "base"
     adapters: WeightedAdapters | None = None
     adapter_drop: AdapterDrop = 0
-    input: (
-        Prompt
-        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_INPUTS)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
-    )
+    input: inputs_type(MAX_INPUTS)  # type: ignore[valid-type]
     user: str | None = None
 
     @property
     def selection(self) -> Selection:
         return selection_of(self.model, self.adapters, self.adapter_drop)
-
-    @property
-    def inputs(self) -> list[str | tuple[int, ...]]:
-        """The inputs one by one."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if isinstance(self.input[0], int):
-            return [tuple(item for item in self.input if isinstance(item, int))]
-        return [tuple(item) if isinstance(item, list) else str(item) for item in self.input]
 
 
 class ClassifyRequest(TaskRequest):

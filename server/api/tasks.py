@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from server.api.generation import Generation
+from server.api.generation import Generation, Resolved
 from server.api.task_schemas import ClassifyRequest, EmbeddingsRequest, TaskRequest
 from server.engine.types import Task, TaskResult
 from server.errors import ApiError
@@ -21,6 +21,7 @@ from server.errors import ApiError
 router = APIRouter(prefix="/v1")
 MAX_IN_FLIGHT = 64
 """Inputs of one call that are in the engine's queue at a time: a large call must not fill it."""
+MAX_SCORES = 1 << 18
 
 Answered = list[tuple[tuple[int, ...], TaskResult]]
 """An input's tokens, and what came of them."""
@@ -34,10 +35,7 @@ async def classify(request: Request, body: ClassifyRequest) -> JSONResponse:
         answered = await _answer_all(request, generation, body, Task.CLASSIFY)
     except ApiError as error:
         raise await _with_hint(generation, request.state.tenant, error) from error
-    data = [
-        {"index": index, **_classified(generation, tokens, result, body.logits)}
-        for index, (tokens, result) in enumerate(answered)
-    ]
+    data = await asyncio.to_thread(_all_classified, generation, answered, body.logits)
     return JSONResponse({"object": "list", "model": body.model, "data": data, "usage": _usage(answered)})
 
 
@@ -62,16 +60,18 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> JSONResponse:
 
 async def _answer_all(request: Request, generation: Generation, body: TaskRequest, task: Task) -> Answered:
     """Run all inputs. The first error ends them all."""
-    program, digests = await generation.resolve(request.state.tenant, body.selection, task)
-    request.state.adapter = "+".join(digests)
-    inputs = [await generation.encode(item) if isinstance(item, str) else item for item in body.inputs]
-    for tokens in inputs:
-        generation.check_tokens(tokens, 0, "input", program)
+    resolved = await generation.resolve(request.state.tenant, request.state.held, body.selection, task)
+    request.state.adapter = "+".join(resolved.digests)
+    inputs = await generation.encode(body.input)
+    for index, tokens in enumerate(inputs):
+        generation.check_tokens(tokens, 0, "input" if len(inputs) == 1 else f"input.{index}", resolved.program)
+    if task is Task.CLASSIFY:
+        _check_reply(inputs, resolved)
     places = asyncio.Semaphore(MAX_IN_FLIGHT)
 
     async def one(tokens: tuple[int, ...]) -> TaskResult:
         async with places:
-            return await generation.answer(request.state.tenant, tokens, program, task)
+            return await generation.answer(request.state.tenant, tokens, resolved.program, task)
 
     error: ApiError | None = None
     try:
@@ -84,6 +84,15 @@ async def _answer_all(request: Request, generation: Generation, body: TaskReques
     return [(tokens, task.result()) for tokens, task in zip(inputs, running, strict=True)]
 
 
+def _check_reply(inputs: Sequence[tuple[int, ...]], resolved: Resolved) -> None:
+    """Every score is named in the reply: refuse what would be too much of it, before any work."""
+    rows = sum(len(tokens) for tokens in inputs) if resolved.per_token else len(inputs)
+    if rows * resolved.num_labels > MAX_SCORES:
+        what = "tokens" if resolved.per_token else "inputs"
+        message = f"{rows} {what} with {resolved.num_labels} labels each are more than the {MAX_SCORES} scores that a reply holds; send fewer"
+        raise ApiError("invalid_request", message, param="input")
+
+
 async def _with_hint(generation: Generation, tenant: str, error: ApiError) -> ApiError:
     """An adapter without a classifier: say which ones of the tenant's have one."""
     if error.row.code != "no_task_head":
@@ -93,6 +102,13 @@ async def _with_hint(generation: Generation, tenant: str, error: ApiError) -> Ap
         f"those of your adapters that have one: {', '.join(names)}" if names else "none of your adapters has one; push one first"
     )
     return ApiError("no_task_head", f"{error.message}; {hint}", param="model")
+
+
+def _all_classified(generation: Generation, answered: Answered, with_logits: bool) -> list[dict[str, Any]]:
+    return [
+        {"index": index, **_classified(generation, tokens, result, with_logits)}
+        for index, (tokens, result) in enumerate(answered)
+    ]
 
 
 def _classified(generation: Generation, tokens: Sequence[int], result: TaskResult, with_logits: bool) -> dict[str, Any]:
@@ -130,7 +146,8 @@ def _scored(result: TaskResult, logits: Sequence[float], with_logits: bool) -> d
 def _softmax(logits: Sequence[float]) -> list[float]:
     top = max(logits)
     weights = [math.exp(logit - top) for logit in logits]
-    return [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def _sigmoid(logit: float) -> float:

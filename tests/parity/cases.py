@@ -1,35 +1,72 @@
-"""Checkpoints of any method as PEFT makes them, with every trained tensor random, and the comparison with PEFT itself."""
+"""Checkpoints of any method as PEFT makes them, with every trained tensor random. A case fits decoders, where it is a language model, and
+encoders, where it is a classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
-from server.engine.types import ProgramRef
-from tests.harness import Result, greedy, load_base_for_lowering, lower_directory, make_engine, run
-from tests.parity.variants import INVOCATION, load_reference, reference_logits
+import tests.parity
+from tests.parity.shared import clean_model
 
 FAMILIES = ("llama", "gpt2", "qwen2")
-PROMPTS: Mapping[str, Sequence[int]] = {
-    "short": [9, 200, 31],
-    "invoked": [40, 41, *INVOCATION, 7, 5, 42, 43, *INVOCATION, 44, 45, 46, 47, 48, 49, 50],
-    "long": [(7 * index) % 250 + 5 for index in range(70)],
-}
-TOLERANCE = 1e-4
-LINEARS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+EVERYWHERE = (*FAMILIES, "bert")
+PLAIN_LINEARS = ("llama", "qwen2", "bert")
+"""Families without GPT-2's Conv1D, for which PEFT has no layers of many methods."""
+WITH_HEAD = ("llama", "qwen2")
+"""The same that have an output head."""
+ONE_IS_ENOUGH = ("llama",)
+"""For variants of a method that other cases show to fit every family."""
 DEFAULT_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Not "dense", which would take in BERT's pooler, no part of the backbone.
+_BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]
+_LINEARS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+}
+_TWO_LINEARS = {
+    "gpt2": ["c_attn", "c_fc"],
+    "bert": ["query", "output.dense"],
+    "roberta": ["query", "output.dense"],
+    "distilbert": ["q_lin", "lin2"],
+}
+_EMBEDDINGS = {"gpt2": "wte", "bert": "word_embeddings", "roberta": "word_embeddings", "distilbert": "word_embeddings"}
+_NORMS = {
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "bert": ["output.LayerNorm", "embeddings.LayerNorm"],
+    "roberta": ["output.LayerNorm", "embeddings.LayerNorm"],
+    "distilbert": ["sa_layer_norm", "output_layer_norm"],
+}
 
 
 def linears(family: str) -> list[str]:
     """The last parts of the names of all linears of a layer."""
-    return LINEARS.get(family, DEFAULT_LINEARS)
+    return _LINEARS.get(family, DEFAULT_LINEARS)
+
+
+def two_linears(family: str) -> list[str]:
+    """Two of them, of different shapes."""
+    return _TWO_LINEARS.get(family, ["q_proj", "down_proj"])
+
+
+def embedding(family: str) -> str:
+    """The same for the embedding of tokens."""
+    return _EMBEDDINGS.get(family, "embed_tokens")
+
+
+def norms(family: str) -> list[str]:
+    """The same for norms."""
+    return _NORMS.get(family, ["input_layernorm", "post_attention_layernorm", "norm"])
 
 
 @dataclass(frozen=True)
@@ -40,59 +77,49 @@ class Case:
 
     name: str
     config: Callable[[str], Any]
-    families: tuple[str, ...] = FAMILIES
+    families: tuple[str, ...] = EVERYWHERE
     trained: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     scale: float = 0.15
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_checkpoint(case: Case, family: str, base: Path, directory: Path, *, seed: int = 9) -> Path:
-    """Create, randomise and save an adapter with PEFT."""
+def by_family(cases: Iterable[Case]) -> list[Any]:
+    """A parameter ``(family, case)`` for every family of every case."""
+    return [pytest.param(family, case, id=f"{family}-{case.name}") for case in cases for family in case.families]
+
+
+def all_cases(family: str) -> Iterator[Case]:
+    """Every case for a family in ``CASES`` of the tests in this folder."""
+    for info in pkgutil.iter_modules(tests.parity.__path__):
+        if info.name.startswith("test_"):
+            for case in getattr(importlib.import_module(f"tests.parity.{info.name}"), "CASES", ()):
+                if isinstance(case, Case) and family in case.families:
+                    yield case
+
+
+def one_of_each(family: str) -> Iterator[Case]:
+    """The first case of every peft_type."""
+    seen = set()
+    for case in all_cases(family):
+        kind = case.config(family).peft_type
+        if kind not in seen:
+            seen.add(kind)
+            yield case
+
+
+def make_checkpoint(case: Case, family: str, base: Path, directory: Path, *, task: str = "CAUSAL_LM", seed: int = 9) -> Path:
+    """Create, randomise and save an adapter with PEFT, for classifiers with a classifier."""
     torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), case.config(family))
+    config = case.config(family)
+    kept = case.kept
+    if task != "CAUSAL_LM":
+        config.task_type, kept = task, (*kept, "modules_to_save")
+    model = get_peft_model(clean_model(base, task), config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or any(part in name for part in case.trained):
             noise = torch.randn(parameter.shape, generator=generator) * case.scale
-            parameter.data = parameter.data + noise if any(part in name for part in case.kept) else noise
+            parameter.data = parameter.data + noise if any(part in name for part in kept) else noise
     model.save_pretrained(directory)
     return directory
-
-
-def check_case(case: Case, family: str, base: Path, directory: Path) -> None:
-    """The case's checkpoint, served alone by the engine, equals PEFT on a clean base."""
-    adapter = make_checkpoint(case, family, base, directory)
-    program = lower_directory(adapter, load_base_for_lowering(base), f"{family}-{case.name}")
-    check_equals_peft(base, adapter, program, case.arguments)
-
-
-def check_equals_peft(base: Path, adapter: Path, program: ProgramRef, arguments: Mapping[str, Any] | None = None) -> None:
-    """The program equals PEFT serving the same checkpoint. ``arguments`` go to PEFT's forward pass."""
-    check_equals(base, program, partial(load_reference(base, adapter), **(arguments or {})))
-
-
-def check_equals(base: Path, program: ProgramRef, reference: Any) -> None:
-    """Logits at every generated position and greedy tokens equal the reference model's, and differ from the base's."""
-    engine = make_engine(base)
-    results = run(engine, [greedy(name, prompt, program) for name, prompt in PROMPTS.items()])
-    engine.close()
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    effect = 0.0
-    for name, prompt in PROMPTS.items():
-        check_result(results[name], reference, prompt, name)
-        sequence = [*prompt, *results[name].tokens][:-1]
-        effect = max(
-            effect,
-            float((reference_logits(plain, sequence, len(prompt)) - torch.stack(results[name].logits)).abs().max()),
-        )
-    assert effect > 1e-2, "the adapter changes nothing, so that this test would prove nothing"
-
-
-def check_result(result: Result, reference: Any, prompt: Sequence[int], name: str) -> None:
-    """One request's logits and tokens against the reference model's."""
-    assert result.error is None
-    expected = reference_logits(reference, [*prompt, *result.tokens][:-1], len(prompt))
-    found = torch.stack(result.logits)
-    assert float((found - expected).abs().max()) <= TOLERANCE * max(1.0, float(expected.abs().max())), name
-    assert result.tokens == expected.argmax(-1).tolist(), name

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from server.adapters.compose import Part, compose, drop_layers
 from server.adapters.ir import Program
@@ -18,8 +17,10 @@ from server.adapters.packed import unpack_program
 from server.adapters.program_file import read_program, write_program
 from server.engine.types import BASE, ProgramRef
 from tests.conftest import TinyModels
-from tests.harness import greedy, load_base_for_lowering, lower_directory, make_engine, run
-from tests.parity.cases import FAMILIES, PROMPTS, Case, check_equals_peft, check_result, linears, make_checkpoint
+from tests.harness import greedy, lower_directory, make_engine, run
+from tests.parity.cases import FAMILIES, Case, linears, make_checkpoint
+from tests.parity.equality import PROMPTS, check_equals_peft, check_result
+from tests.parity.shared import clean_model, lowering_base, serve
 
 FIRST = Case(
     "first", lambda family: LoraConfig(r=4, lora_alpha=6, target_modules=linears(family), fan_in_fan_out=family == "gpt2")
@@ -50,22 +51,17 @@ def written(program: Program, directory: Path, name: str) -> ProgramRef:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weighted_adapters_equal_peft(family: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     model = tiny_models(family)
-    base = load_base_for_lowering(model)
+    base = lowering_base(model)
     weights = (0.7, 1.5)
     parts = [
         Part(lowered(case, family, base, model, tmp_path, seed=seed), weight)
         for case, weight, seed in zip((FIRST, SECOND), weights, (9, 10), strict=True)
     ]
     composed = written(compose(parts, base), tmp_path, "composed")
-    engine = make_engine(model)
-    results = run(engine, [greedy(name, prompt, composed) for name, prompt in PROMPTS.items()])
-    only = run(
-        engine, [greedy("first", PROMPTS["long"], ProgramRef("first", str(tmp_path / "first/program-float32.safetensors")))]
-    )
-    engine.close()
-    reference: Any = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tmp_path / "first", adapter_name="first"
-    )
+    results = serve(model, composed, [greedy(name, prompt, composed) for name, prompt in PROMPTS.items()])
+    first = ProgramRef("first", str(tmp_path / "first/program-float32.safetensors"))
+    only = serve(model, first, [greedy("first", PROMPTS["long"], first)])
+    reference: Any = PeftModel.from_pretrained(clean_model(model), tmp_path / "first", adapter_name="first")
     reference.load_adapter(tmp_path / "second", "second")
     reference.add_weighted_adapter(["first", "second"], list(weights), "sum", combination_type="cat")
     reference.set_adapter("sum")
@@ -77,7 +73,7 @@ def test_weighted_adapters_equal_peft(family: str, tiny_models: TinyModels, tmp_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_out_layers_equal_a_checkpoint_without_them(family: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     model = tiny_models(family)
-    base = load_base_for_lowering(model)
+    base = lowering_base(model)
     program = lowered(FIRST, family, base, model, tmp_path)
     ref = written(drop_layers(program, base.spec, 1), tmp_path, "dropped")
     weights = tmp_path / "first" / "adapter_model.safetensors"
@@ -90,7 +86,7 @@ def test_left_out_layers_equal_a_checkpoint_without_them(family: str, tiny_model
 
 def test_all_layers_left_out_are_the_base(tiny_models: TinyModels, tmp_path: Path) -> None:
     model = tiny_models("llama")
-    base = load_base_for_lowering(model)
+    base = lowering_base(model)
     nothing = written(drop_layers(lowered(FIRST, "llama", base, model, tmp_path), base.spec, 2), tmp_path, "nothing")
     engine = make_engine(model)
     results = run(engine, [greedy("base", PROMPTS["long"], BASE), greedy("nothing", PROMPTS["long"], nothing)])
@@ -101,7 +97,7 @@ def test_all_layers_left_out_are_the_base(tiny_models: TinyModels, tmp_path: Pat
 def test_a_composition_of_methods_packed_with_its_parts_equals_alone(tiny_models: TinyModels, tmp_path: Path) -> None:
     """In fp64, where rounding hides nothing."""
     model = tiny_models("llama")
-    base = load_base_for_lowering(model, "float64")
+    base = lowering_base(model, "float64")
     programs = {case.name: lowered(case, "llama", base, model, tmp_path) for case in (FIRST, SCALES, PRUNED)}
     weights = {"first": 0.5, "scales": 1.0, "pruned": -0.3}
     programs["composed"] = compose([Part(programs[name], weight) for name, weight in weights.items()], base)

@@ -11,22 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from server.adapters.faults import LoweringError
 from server.adapters.ir import EmbedEdit, HeadEdit, LinearEdit, Program
 from server.adapters.lower import Checkpoint, lower
 from server.adapters.program_file import read_program
 from tests.conftest import TinyModels
-from tests.harness import load_base_for_lowering, lower_directory
-from tests.parity.cases import FAMILIES, check_equals
+from tests.harness import lower_directory
+from tests.parity.cases import FAMILIES
+from tests.parity.equality import check_equals
+from tests.parity.shared import clean_model, lowering_base, unchanged_model
 
 RANK = 4
 
 
 def tune(base: Path, chosen: Callable[[str], bool], *, scale: float = 0.1, seed: int = 3) -> Any:
     """The base with noise on the parameters that are chosen by name."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = clean_model(base)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if chosen(name):
@@ -48,7 +49,7 @@ def saved(model: Any, directory: Path) -> dict[str, Tensor]:
 
 def serve(base: Path, adapter: Path, reference: Any, name: str) -> dict[str, Any]:
     """Check the adapter against the reference, and give the program's facts."""
-    program = lower_directory(adapter, load_base_for_lowering(base), name)
+    program = lower_directory(adapter, lowering_base(base), name)
     check_equals(base, program, reference)
     return read_program(Path(program.path)).facts
 
@@ -62,7 +63,7 @@ def is_block(name: str) -> bool:
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_biases(values: str, family: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     base = tiny_models(family)
-    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    original = unchanged_model(base).state_dict()
     model = tune(base, lambda name: name.endswith(".bias"), scale=0.3)
     tensors = {
         name: tensor - original[name] if values == "delta" else tensor
@@ -77,7 +78,7 @@ def test_bias_deltas_where_the_base_has_no_bias(tiny_models: TinyModels, tmp_pat
     base = tiny_models("llama")
     name = "model.layers.1.mlp.down_proj"
     delta = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = clean_model(base)
     model.get_submodule(name).bias = torch.nn.Parameter(delta)
     serve(base, write(tmp_path, {"medley_type": "BITFIT"}, {f"{name}.bias": delta}), model, "bitfit-llama")
 
@@ -96,7 +97,7 @@ def test_bias_deltas_where_the_base_has_no_bias(tiny_models: TinyModels, tmp_pat
 def test_faults_of_biases(tensors: dict[str, int], settings: dict[str, Any], codes: set[str], tiny_models: TinyModels) -> None:
     checkpoint = Checkpoint({"medley_type": "BITFIT", **settings}, {name: torch.ones(size) for name, size in tensors.items()})
     with pytest.raises(LoweringError) as caught:
-        lower(checkpoint, load_base_for_lowering(tiny_models("llama")))
+        lower(checkpoint, lowering_base(tiny_models("llama")))
     assert {fault.code for fault in caught.value.faults} == codes
 
 
@@ -126,7 +127,7 @@ def test_last_layer_and_a_few_rows(family: str, tiny_models: TinyModels, tmp_pat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rank_gives_the_best_approximation_and_its_error(family: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     base = tiny_models(family)
-    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    original = unchanged_model(base).state_dict()
     model = tune(base, lambda name: "wpe" not in name, scale=0.05)
     tensors = saved(model, tmp_path)
     total, lost = 0.0, 0.0
@@ -153,7 +154,7 @@ def test_high_rank_is_exact_where_that_is_smaller(tiny_models: TinyModels, tmp_p
 
 def test_a_head_of_its_own_beside_a_tied_base(tiny_models: TinyModels, tmp_path: Path) -> None:
     base = tiny_models("qwen2")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = clean_model(base)
     head = torch.nn.Parameter(model.lm_head.weight.data + 0.1)
     model.lm_head.weight = head
     tensors = {"lm_head.weight": head.data, "model.embed_tokens.weight": model.model.embed_tokens.weight.data}
@@ -176,22 +177,22 @@ def test_a_head_of_its_own_beside_a_tied_base(tiny_models: TinyModels, tmp_path:
 )
 def test_faults(tensors: dict[str, Tensor], settings: dict[str, Any], code: str, tiny_models: TinyModels) -> None:
     with pytest.raises(LoweringError) as caught:
-        lower(Checkpoint({"medley_type": "FINE_TUNE", **settings}, tensors), load_base_for_lowering(tiny_models("gpt2")))
+        lower(Checkpoint({"medley_type": "FINE_TUNE", **settings}, tensors), lowering_base(tiny_models("gpt2")))
     assert {fault.code for fault in caught.value.faults} == {code}
 
 
 def test_what_equals_the_base_is_no_adapter_and_size_is_bounded(tiny_models: TinyModels, tmp_path: Path) -> None:
     base = tiny_models("gpt2")
     config = {"medley_type": "FINE_TUNE"}
-    same = saved(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path)
+    same = saved(unchanged_model(base), tmp_path)
     with pytest.raises(LoweringError, match="changes no module"):
-        lower(Checkpoint(config, same), load_base_for_lowering(base))
+        lower(Checkpoint(config, same), lowering_base(base))
     tuned = tune(base, is_block).state_dict()
     with pytest.raises(LoweringError, match="too large"):
-        lower(Checkpoint(config, {name: tuned[name] for name in same}), load_base_for_lowering(base), max_bytes=10_000)
+        lower(Checkpoint(config, {name: tuned[name] for name in same}), lowering_base(base), max_bytes=10_000)
 
 
 def program_of(base: Path, adapter: Path) -> Program:
     """The lowered checkpoint of a directory."""
     config = json.loads((adapter / "adapter_config.json").read_text())
-    return lower(Checkpoint(config, load_file(adapter / "adapter_model.safetensors")), load_base_for_lowering(base))
+    return lower(Checkpoint(config, load_file(adapter / "adapter_model.safetensors")), lowering_base(base))

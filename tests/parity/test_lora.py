@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TinyModels
-from tests.harness import load_base_for_lowering, lower_directory
-from tests.parity.cases import check_equals_peft
+from tests.harness import lower_directory
+from tests.parity.equality import check_equals_peft
+from tests.parity.shared import lowering_base
 from tests.parity.variants import VARIANTS, Variant, make_adapter
 from tests.tiny import FAMILIES
 
@@ -24,4 +25,4 @@ CASES = [
 def test_logits_and_tokens_equal_peft(family: str, variant: Variant, tiny_models: TinyModels, tmp_path: Path) -> None:
     base = tiny_models(family)
     adapter = make_adapter(variant, family, base, tmp_path)
-    check_equals_peft(base, adapter, lower_directory(adapter, load_base_for_lowering(base), f"{family}-{variant.name}"))
+    check_equals_peft(base, adapter, lower_directory(adapter, lowering_base(base), f"{family}-{variant.name}"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file
 
@@ -14,7 +14,8 @@ from server.adapters.faults import LoweringError
 from server.adapters.lower import Checkpoint, lower
 from tests.conftest import TinyModels
 from tests.harness import load_base_for_lowering
-from tests.parity.cases import FAMILIES, Case, check_case, linears, make_checkpoint
+from tests.parity.cases import ONE_IS_ENOUGH, PLAIN_LINEARS, Case, by_family, linears, make_checkpoint
+from tests.parity.equality import check_case
 
 
 def config(**settings: Any) -> Any:
@@ -26,25 +27,33 @@ def config(**settings: Any) -> Any:
     return make
 
 
-PLAIN = ("llama", "qwen2")
 BLOCKS = BdLoraConfig(
-    target_modules_bd_a=["o_proj", "down_proj"], target_modules_bd_b=["q_proj", "up_proj"], nblocks=2, match_strict=False
+    target_modules_bd_a=["o_proj", "down_proj", "output.dense"],
+    target_modules_bd_b=["q_proj", "up_proj", "query"],
+    nblocks=2,
+    match_strict=False,
 )
 CASES = (
-    Case("bdlora", config(use_bdlora=BLOCKS), PLAIN, trained=("lora_",)),
-    Case("kasa", config(kasa_config=KasaConfig()), PLAIN),
-    Case("velora", config(velora_config=VeloraConfig(num_groups=4)), FAMILIES),
-    Case("monteclora", config(monteclora_config=MontecloraConfig()), PLAIN),
-    Case("dora-pissa", config(use_dora=True, init_lora_weights="pissa"), FAMILIES, kept=("magnitude",)),
-    Case("dora-olora", config(use_dora=True, init_lora_weights="olora"), PLAIN, kept=("magnitude",)),
+    Case("bdlora", config(use_bdlora=BLOCKS), PLAIN_LINEARS, trained=("lora_",)),
+    Case("kasa", config(kasa_config=KasaConfig()), PLAIN_LINEARS),
+    Case("velora", config(velora_config=VeloraConfig(num_groups=4))),
+    Case("monteclora", config(monteclora_config=MontecloraConfig()), PLAIN_LINEARS),
+    Case("dora-pissa", config(use_dora=True, init_lora_weights="pissa"), kept=("magnitude",)),
+    Case("dora-olora", config(use_dora=True, init_lora_weights="olora"), PLAIN_LINEARS, kept=("magnitude",)),
+    # As test_lora has it on every family of decoders.
+    Case(
+        "adalora",
+        lambda family: AdaLoraConfig(
+            init_r=4, target_r=3, total_step=10, lora_alpha=6, target_modules=linears(family), task_type="CAUSAL_LM"
+        ),
+        (*ONE_IS_ENOUGH, "bert"),
+        scale=0.4,
+    ),
 )
 
 
-@pytest.mark.parametrize(
-    ("case", "family"),
-    [pytest.param(case, family, id=f"{case.name}-{family}") for case in CASES for family in case.families],
-)
-def test_equals_peft(case: Case, family: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "case"), by_family(CASES))
+def test_equals_peft(family: str, case: Case, tiny_models: TinyModels, tmp_path: Path) -> None:
     check_case(case, family, tiny_models(family), tmp_path)
 
 

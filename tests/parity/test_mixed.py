@@ -1,22 +1,24 @@
 """Every method in one batch: what each request gets is what it gets alone, base rows stay the base's, and a program that was evicted and
-admitted again is the same program."""
+admitted again is the same program. On decoders they generate, on encoders they classify."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-import tests.parity
-from server.engine.types import BASE, ProgramRef, Request
+from server.engine.encoder_engine import EncoderEngine
+from server.engine.engine import Engine
+from server.engine.types import BASE, ProgramRef, Request, Task
 from tests.conftest import TinyModels
-from tests.harness import Result, greedy, load_base_for_lowering, lower_directory, make_engine, run
-from tests.parity.cases import Case, make_checkpoint
+from tests.harness import Result, ask, greedy, lower_directory, make_encoder, make_engine, run
+from tests.parity.cases import make_checkpoint, one_of_each
+from tests.parity.shared import lowering_base
+from tests.tiny import ENCODERS
 
 # PEFT warns of its own defaults, which are what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -25,56 +27,63 @@ TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 PROMPTS = ([9, 200, 31], [(7 * index) % 250 + 5 for index in range(37)])
 
 
-def all_cases(family: str) -> Iterator[Case]:
-    """The first case of every peft_type in every parity test of this folder."""
-    seen = set()
-    for info in pkgutil.iter_modules(tests.parity.__path__):
-        if not info.name.startswith("test_") or info.name == "test_mixed":
-            continue
-        for case in getattr(importlib.import_module(f"tests.parity.{info.name}"), "CASES", ()):
-            if isinstance(case, Case) and family in case.families:
-                kind = case.config(family).peft_type
-                if kind not in seen:
-                    seen.add(kind)
-                    yield case
+def request(name: str, prompt: Sequence[int], program: ProgramRef, family: str) -> Request:
+    if family not in ENCODERS:
+        return greedy(name, prompt, program, tokens=6)
+    # The base has no classifier.
+    return ask(name, prompt, program, task=Task.EMBED if program is BASE else Task.CLASSIFY)
 
 
-def requests(programs: dict[str, ProgramRef]) -> list[Request]:
-    return [
-        greedy(f"{name}-{index}", prompt, program, tokens=6)
-        for name, program in programs.items()
-        for index, prompt in enumerate(PROMPTS)
-    ]
+def engine_for(family: str, base: Path, dtype: str) -> Engine | EncoderEngine:
+    if family in ENCODERS:
+        return make_encoder(base, dtype, bank_bytes=64 << 20)
+    sizes = {"bank_bytes": 64 << 20, "kv_cache_bytes": 16 << 20, "max_running": 128, "max_batch_tokens": 512}
+    return make_engine(base, dtype, prefix_caching=False, **sizes)
+
+
+def numbers(result: Result, name: str) -> Tensor:
+    """All that a request gave: its logits ``(n, vocab)`` or rows ``(n, width)``."""
+    assert result.error is None, (name, result.error)
+    return torch.stack(result.logits) if result.logits else result.rows
 
 
 def same(first: Result, second: Result, name: str, tolerance: float) -> None:
-    assert first.error is None, (name, first.error)
-    assert second.error is None, (name, second.error)
+    one, other = numbers(first, name), numbers(second, name)
     assert first.tokens == second.tokens, name
-    scale = max(1.0, float(torch.stack(first.logits).abs().max()))
-    assert float((torch.stack(first.logits) - torch.stack(second.logits)).abs().max()) <= tolerance * scale, name
+    assert float((one - other).abs().max()) <= tolerance * max(1.0, float(one.abs().max())), name
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("llama", "float32"), ("gpt2", "float32"), ("qwen2", "float32"), ("llama", "float64")]
+    ("family", "dtype"),
+    [
+        ("llama", "float32"),
+        ("gpt2", "float32"),
+        ("qwen2", "float32"),
+        ("bert", "float32"),
+        ("llama", "float64"),
+        ("bert", "float64"),
+    ],
 )
 def test_all_methods_packed_equal_each_alone(family: str, dtype: str, tiny_models: TinyModels, tmp_path: Path) -> None:
-    base = tiny_models(family)
-    spec = load_base_for_lowering(base, dtype)
+    base, task = tiny_models(family), "SEQ_CLS" if family in ENCODERS else "CAUSAL_LM"
     programs = {}
-    for case in all_cases(family):
+    for case in one_of_each(family):
         # Half as wild as in the comparisons with PEFT, where a few methods amplify rounding a hundredfold.
         gentle = replace(case, scale=case.scale / 2)
-        programs[case.name] = lower_directory(make_checkpoint(gentle, family, base, tmp_path / case.name), spec, case.name)
+        adapter = make_checkpoint(gentle, family, base, tmp_path / case.name, task=task)
+        programs[case.name] = lower_directory(adapter, lowering_base(base, dtype), case.name)
     assert len(programs) >= 12
-    asked = requests({**programs, "base": BASE})
-    sizes = {"bank_bytes": 64 << 20, "kv_cache_bytes": 16 << 20, "max_running": 128, "max_batch_tokens": 512}
-    engine = make_engine(base, dtype, **sizes)
+    asked = [
+        request(f"{name}-{index}", prompt, program, family)
+        for name, program in {**programs, "base": BASE}.items()
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    engine = engine_for(family, base, dtype)
     alone = {}
-    for request in asked:
-        alone |= run(engine, [request])
+    for item in asked:
+        alone |= run(engine, [item])
     engine.close()
-    engine = make_engine(base, dtype, prefix_caching=False, **sizes)
+    engine = engine_for(family, base, dtype)
     packed = run(engine, asked)
     assert engine.stats().counters["steps"] < 20, "the requests did not share steps"
     for name in programs:
@@ -82,6 +91,6 @@ def test_all_methods_packed_equal_each_alone(family: str, dtype: str, tiny_model
     assert engine.bank.num_slots_used == 0
     again = run(engine, asked[::-1])
     engine.close()
-    for request in asked:
-        same(alone[request.request_id], packed[request.request_id], request.request_id, TOLERANCES[dtype])
-        same(packed[request.request_id], again[request.request_id], request.request_id, TOLERANCES[dtype])
+    for item in asked:
+        same(alone[item.request_id], packed[item.request_id], item.request_id, TOLERANCES[dtype])
+        same(packed[item.request_id], again[item.request_id], item.request_id, TOLERANCES[dtype])

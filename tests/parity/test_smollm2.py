@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tests.harness import greedy, load_base_for_lowering, lower_directory, make_engine, run
-from tests.parity.variants import Variant, load_reference, make_adapter, reference_logits
+from tests.parity.equality import load_reference, reference_logits
+from tests.parity.shared import unchanged_model
+from tests.parity.variants import Variant, make_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 QUESTIONS = ("What is a rainbow?", "Who was Ada Lovelace?")
@@ -18,8 +20,8 @@ TOLERANCE = 1e-4
 def test_examples_and_a_dora_packed_equal_peft(smollm2: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     base = load_base_for_lowering(smollm2)
-    adapters = {path.name: path for path in sorted(EXAMPLES.iterdir())}
-    assert len(adapters) >= 4
+    adapters = {path.name: path for path in sorted(EXAMPLES.iterdir()) if (path / "adapter_model.safetensors").exists()}
+    assert len(adapters) >= 7
     dora = Variant("dora", {"use_dora": True}, targets=("q_proj", "down_proj"))
     adapters["dora"] = make_adapter(dora, "llama", smollm2, tmp_path / "dora", scale=0.02)
     (tmp_path / "programs").mkdir()
@@ -44,7 +46,7 @@ def test_examples_and_a_dora_packed_equal_peft(smollm2: Path, tmp_path: Path) ->
     ]
     results = run(engine, [*requests, *(greedy(f"base-{index}", prompt, tokens=16) for index, prompt in enumerate(prompts))])
     engine.close()
-    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    plain = unchanged_model(smollm2)
     for name in ["base", *programs]:
         reference = plain if name == "base" else load_reference(smollm2, adapters[name])
         for index, prompt in enumerate(prompts):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
+from tests.parity.shared import clean_model
 from tests.tiny import FAMILIES
 
 INVOCATION = [60, 61]
@@ -65,7 +65,7 @@ def module_names(model: Any, family: str) -> tuple[str, str, str]:
 def make_adapter(variant: Variant, family: str, base: Path, directory: Path, *, seed: int = 9, scale: float = 0.15) -> Path:
     """Create, randomise and save an adapter with PEFT."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = clean_model(base)
     embedding, head, norm = module_names(model, family)
     first_linear = next(name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D"))
     stand_ins = {"EMBEDDING": embedding, "HEAD": head, "NORM": norm, "PATTERN": first_linear.rpartition(".")[2]}
@@ -97,23 +97,6 @@ def make_adapter(variant: Variant, family: str, base: Path, directory: Path, *, 
             parameter.data = parameter.data + noise if keeps else noise
     peft_model.save_pretrained(directory)
     return directory
-
-
-def load_reference(base: Path, adapter: Path) -> Any:
-    """The same adapter on a clean base, as PEFT serves it."""
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
-
-
-@torch.inference_mode()
-def reference_logits(model: Any, token_ids: list[int], prompt_length: int) -> torch.Tensor:
-    """Logits ``(n, vocab)`` at the prompt's last position and all after it, from one full forward pass.
-
-    They are the last ones: virtual tokens have logits too, in front of the real tokens'.
-    """
-    logits: torch.Tensor = model(
-        input_ids=torch.tensor([token_ids]), attention_mask=torch.ones(1, len(token_ids), dtype=torch.long), use_cache=False
-    ).logits[0]
-    return logits[logits.shape[0] - len(token_ids) + prompt_length - 1 :]
 
 
 def _fill(value: Any, stand_ins: dict[str, str]) -> Any:

@@ -87,13 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("reference", metavar="NAME")
     generate = command("generate", _generate, "Generate text, as it comes.")
     generate.add_argument("prompt")
-    generate.add_argument("--adapter-drop", type=int, metavar="N", help="leave the first N layers without the adapters' edits")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, help="default: greedy")
     generate.add_argument("--seed", type=int)
     generate.add_argument("--raw", action="store_true", help="send the prompt as it is, without the chat template")
     classify = command("classify", _classify, "Say what an adapter's classifier makes of texts.")
-    embed = command("embed", _embed, "Print the vector of each text, as JSON lines.")
+    embed = command("embed", _embed, "Print the vector of each text, one JSON line each (--json: one list of all).")
     for reader in (classify, embed):
         reader.add_argument("texts", nargs="+", metavar="TEXT")
     for chooser in (generate, classify, embed):
@@ -104,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME[:WEIGHT]",
             help="adapter name; several, with weights, are added up; default: the base model",
         )
+        chooser.add_argument("--adapter-drop", type=int, metavar="N", help="leave the first N layers without the adapters' edits")
     converting = command("convert", _convert, "Turn pickled adapter weights into safetensors, here.", remote=False)
     converting.add_argument("source", type=Path, metavar="DIR|FILE")
     converting.add_argument("--out", type=Path, help="directory to write to; default: beside the source")
@@ -218,7 +218,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _classify(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
-        found = client.classify(arguments.texts, adapter=_chosen(arguments.adapter))
+        found = client.classify(arguments.texts, adapter=_chosen(arguments.adapter), adapter_drop=arguments.adapter_drop)
     if arguments.json:
         return _print_json([asdict(item) for item in found])
     for text, item in zip(arguments.texts, found, strict=True):
@@ -232,7 +232,9 @@ def _classify(arguments: argparse.Namespace) -> int:
 
 def _embed(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
-        vectors = client.embed(arguments.texts, adapter=_chosen(arguments.adapter))
+        vectors = client.embed(arguments.texts, adapter=_chosen(arguments.adapter), adapter_drop=arguments.adapter_drop)
+    if arguments.json:
+        return _print_json(vectors)
     for vector in vectors:
         sys.stdout.write(json.dumps(vector) + "\n")
     return 0

@@ -77,13 +77,17 @@ class Medley:
         """The assistant's answer to a conversation. ``parameters`` are those of /v1/chat/completions."""
         return str(self.request(wire.chat(messages, adapter, parameters))["choices"][0]["message"]["content"])
 
-    def classify(self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None) -> list[Classified]:
+    def classify(
+        self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None, adapter_drop: int | None = None
+    ) -> list[Classified]:
         """What the adapter's classifier says of each text."""
-        return wire.read_classified(self.request(wire.classify(inputs, adapter)))
+        return wire.read_classified(self.request(wire.classify(inputs, adapter, adapter_drop)))
 
-    def embed(self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None) -> list[list[float]]:
+    def embed(
+        self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None, adapter_drop: int | None = None
+    ) -> list[list[float]]:
         """A vector of unit length for each text."""
-        return wire.read_embedded(self.request(wire.embed(inputs, adapter)))
+        return wire.read_embedded(self.request(wire.embed(inputs, adapter, adapter_drop)))
 
     def models(self) -> list[str]:
         """Names that can be asked for: the base first, then the tenant's adapters."""
@@ -176,11 +180,15 @@ class AsyncMedley:
     async def chat(self, messages: list[dict[str, str]], *, adapter: AdapterChoice | None = None, **parameters: Any) -> str:
         return str((await self.request(wire.chat(messages, adapter, parameters)))["choices"][0]["message"]["content"])
 
-    async def classify(self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None) -> list[Classified]:
-        return wire.read_classified(await self.request(wire.classify(inputs, adapter)))
+    async def classify(
+        self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None, adapter_drop: int | None = None
+    ) -> list[Classified]:
+        return wire.read_classified(await self.request(wire.classify(inputs, adapter, adapter_drop)))
 
-    async def embed(self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None) -> list[list[float]]:
-        return wire.read_embedded(await self.request(wire.embed(inputs, adapter)))
+    async def embed(
+        self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None, adapter_drop: int | None = None
+    ) -> list[list[float]]:
+        return wire.read_embedded(await self.request(wire.embed(inputs, adapter, adapter_drop)))
 
     async def models(self) -> list[str]:
         return [item["id"] for item in (await self.request(wire.Call("GET", "/v1/models")))["data"]]

@@ -43,12 +43,12 @@ def chat(messages: list[dict[str, str]], adapter: AdapterChoice | None, paramete
     return Call("POST", "/v1/chat/completions", {**_model(adapter), "messages": messages, **parameters})
 
 
-def classify(inputs: Sequence[str], adapter: AdapterChoice | None) -> Call:
-    return Call("POST", "/v1/classify", {**_model(adapter), "input": list(inputs)})
+def classify(inputs: Sequence[str], adapter: AdapterChoice | None, drop: int | None = None) -> Call:
+    return Call("POST", "/v1/classify", {**_model(adapter), **_drop(drop), "input": list(inputs)})
 
 
-def embed(inputs: Sequence[str], adapter: AdapterChoice | None) -> Call:
-    return Call("POST", "/v1/embeddings", {**_model(adapter), "input": list(inputs)})
+def embed(inputs: Sequence[str], adapter: AdapterChoice | None, drop: int | None = None) -> Call:
+    return Call("POST", "/v1/embeddings", {**_model(adapter), **_drop(drop), "input": list(inputs)})
 
 
 def read_classified(body: Mapping[str, Any]) -> list[Classified]:
@@ -146,6 +146,10 @@ def _model(adapter: AdapterChoice | None) -> dict[str, Any]:
     if adapter is None or isinstance(adapter, str):
         return {"model": adapter or "base"}
     return {"model": "base", "adapters": _weighted(adapter)}
+
+
+def _drop(layers: int | None) -> dict[str, Any]:
+    return {} if layers is None else {"adapter_drop": layers}
 
 
 def _token(item: Mapping[str, Any]) -> Token:

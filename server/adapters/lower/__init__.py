@@ -50,6 +50,10 @@ def _lower_head(source: Source, base: Base, program: Program) -> None:
         lower_head(source, base, program)
     elif source.checkpoint.head is not None:
         source.fault("unused_tensor", "model_head.safetensors", "only AdapterHub's adapters have their head in a file of its own")
+    if source.checkpoint.labels and program.head is None:
+        source.fault(
+            "unsupported_field", "labels.json", "the adapter has no classifier that these could name; leave the file out"
+        )
 
 
 def cast(program: Program, base: Base) -> Program:

@@ -1,29 +1,41 @@
 """Classifiers as transformers' classes have them: which layers stand over the backbone, and what their outputs are called.
 
 Formulas: transformers' ``*ForSequenceClassification`` and ``*ForTokenClassification``. What such a class reads through that is the base's
-own (BERT's pooler) is copied from the base into the head. Knows no library that trains them.
+own (BERT's pooler) is copied from the base into the head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from server.adapters.ir import HeadLayer, Pooling
 from server.adapters.lower.base import Base
 from server.adapters.lower.source import Source
 
-MAX_LABELS = 65536
+MAX_LABELS, MAX_LABEL_LENGTH = 4096, 256
+"""Every reply names every label, so that a classifier's size is everybody's business."""
 CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 """How a class's name ends, and the task that it is for."""
 
 
 def head_labels(source: Source, count: int, given: Sequence[str] = ()) -> tuple[str, ...]:
     """Names of a classifier's outputs: those that came with the checkpoint, else LABEL_0 and so on, as transformers has it."""
-    labels = tuple(given) or tuple(source.checkpoint.labels) or tuple(f"LABEL_{index}" for index in range(min(count, MAX_LABELS)))
+    if not 0 < count <= MAX_LABELS:
+        source.fault("wrong_shape", "labels", "this classifier has too few or too many outputs", f"1 to {MAX_LABELS}", str(count))
+        return ()
+    labels = tuple(given) or tuple(source.checkpoint.labels) or tuple(f"LABEL_{index}" for index in range(count))
+    if source.checkpoint.labels and labels != tuple(source.checkpoint.labels):
+        source.fault("unsupported_field", "labels.json", "the config names the outputs too, and differently; leave one out")
     if len(labels) != count:
         source.fault("wrong_shape", "labels", "the classifier needs one label an output", str(count), str(len(labels)))
     elif len(set(labels)) != count:
         source.fault("unsupported_field", "labels", "labels must be distinct")
+    odd = [label for label in labels if not (0 < len(label) <= MAX_LABEL_LENGTH and label.isprintable())]
+    if odd:
+        expected = f"1 to {MAX_LABEL_LENGTH} printable characters"
+        source.fault("unsupported_field", "labels", "a label cannot be shown", expected, repr(odd[0])[:80])
     return labels
 
 
@@ -77,9 +89,6 @@ def _layer(source: Source, name: str, hidden: int, *, square: bool = False, acti
     if weight is None:
         return None
     bias = source.take_shared(f"{name}.bias", (weight.shape[0],))
-    if not 0 < weight.shape[0] <= MAX_LABELS:
-        source.fault("wrong_shape", f"{name}.weight", "a classifier has at least one output", f"1 to {MAX_LABELS}")
-        return None
     return HeadLayer(weight, bias, activation)
 
 
@@ -96,7 +105,18 @@ def _pooler(source: Source, base: Base) -> HeadLayer | None:
             f"{name}.weight",
             "the base model has no pooler, so that the classifier was trained on a random one; add `pooler` to modules_to_save",
         )
-    return pooler
+        return None
+    trained = _trained_bias(source, base, name)
+    return pooler if trained is None else HeadLayer(pooler.weight, trained, pooler.activation)
+
+
+def _trained_bias(source: Source, base: Base, name: str) -> Tensor | None:
+    """The bias that was trained in place of the base's (``bias="all"``; of a module with LoRA ``"lora_only"``), if there is one."""
+    for prefix in (base.spec.backbone_prefix, ""):
+        for tail in ("bias", "base_layer.bias"):
+            if (key := f"{prefix}{name}.{tail}") in source.shared:
+                return source.take_shared(key, (base.spec.hidden_size,))
+    return None
 
 
 def _pre_classifier(source: Source, base: Base) -> HeadLayer | None:
@@ -104,6 +124,8 @@ def _pre_classifier(source: Source, base: Base) -> HeadLayer | None:
     if "pre_classifier.weight" in source.shared:
         return _layer(source, "pre_classifier", base.spec.hidden_size, square=True, activation="relu")
     weight, bias = base.parameter("pre_classifier.weight"), base.parameter("pre_classifier.bias")
+    trained = _trained_bias(source, base, "pre_classifier")
+    bias = bias if trained is None else trained
     if weight is None or bias is None:
         source.fault(
             "missing_tensor",

@@ -15,9 +15,10 @@ from server.adapters.lower.checkpoint import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class KeyLayout:
-    """``path`` maps a key to the path that its tensor is found by. ``has_aliases``: equal tensors may come under several keys."""
+    """``path`` maps a key to the path that its tensor is found by, or to None where nothing reads it. ``has_aliases``: equal tensors may come
+    under several keys."""
 
-    path: Callable[[str], str]
+    path: Callable[[str], str | None]
     has_aliases: bool = False
 
 
@@ -25,17 +26,20 @@ def key_layout(checkpoint: Checkpoint, spec: BaseSpec) -> KeyLayout:
     """The layout of the library that wrote the checkpoint."""
     if checkpoint.library == "adapters":
         return KeyLayout(_AdapterHub(str(checkpoint.config.get("name")), spec).path, has_aliases=True)
-    return KeyLayout(_peft_path)
+    return KeyLayout(_peft_path, has_aliases=True)
 
 
-def _peft_path(key: str) -> str:
+def _peft_path(key: str) -> str | None:
+    # ``bias="all"`` also stores the base's own biases of modules that are replaced, and those that replace them a second time.
+    if ".original_module." in key and key.endswith(".bias"):
+        return None
     path = (
         key.removeprefix("base_model.").removeprefix("model.")
         if key.startswith("base_model.model.")
         else key.removeprefix("base_model.")
     )
     # Raw state dicts keep the adapter's name, which saved files leave out.
-    return path.replace(".default.", ".").removesuffix(".default")
+    return path.replace(".default.", ".").removesuffix(".default").replace(".modules_to_save.", ".")
 
 
 _SUBLAYERS: dict[str, SublayerKind] = {

@@ -196,6 +196,8 @@ class Source:
 
     def _file(self, key: str, tensor: Tensor) -> None:
         path = self._layout.path(key)
+        if path is None:
+            return
         parts = path.split(".")
         for end in range(len(parts) - 1, 0, -1):
             site = self._site(".".join(parts[:end]))

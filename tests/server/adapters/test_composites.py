@@ -21,19 +21,26 @@ def composites(tmp_path: Path) -> Composites:
 
 
 def add(composites: Composites, name: str, *digests: str, nbytes: int = 40) -> Path:
-    path = composites.path(name)
-    path.write_bytes(b"x" * nbytes)
-    composites.add(name, frozenset(digests))
+    with composites.using(name, frozenset(digests)):
+        assert composites.find(name) is None
+        path = composites.path(name)
+        path.write_bytes(b"x" * nbytes)
+        composites.add(name)
     return path
+
+
+def found(composites: Composites, name: str) -> Path | None:
+    with composites.using(name, frozenset()):
+        return composites.find(name)
 
 
 def test_the_least_recently_asked_for_go_first(composites: Composites) -> None:
     first, second = add(composites, "first", "a"), add(composites, "second", "a")
-    assert composites.find("first") == first
+    assert found(composites, "first") == first
     assert add(composites, "third", "a").exists()
     assert composites.nbytes == 80
-    assert (first.exists(), second.exists(), composites.find("second")) == (True, False, None)
-    with composites.using("first"), composites.using("unknown"):
+    assert (first.exists(), second.exists(), found(composites, "second")) == (True, False, None)
+    with composites.using("first", frozenset("a")):
         add(composites, "fourth", "a")
         add(composites, "fifth", "a")
         assert first.exists()
@@ -43,16 +50,35 @@ def test_the_least_recently_asked_for_go_first(composites: Composites) -> None:
 
 def test_an_adapters_composites_go_with_it(composites: Composites) -> None:
     first, second = add(composites, "first", "a", "b"), add(composites, "second", "b", "c")
-    with composites.using("first"), composites.using("first"):
+    with composites.using("first", frozenset("ab")), composites.using("first", frozenset("ab")):
         assert composites.forget("a") == ["first"]
         assert first.exists()
     assert not first.exists()
     assert (composites.forget("a"), second.exists()) == ([], True)
-    with composites.using("second"):
+    with composites.using("second", frozenset("bc")):
         composites.forget("c")
         assert composites.find("second") == second, "asked for again, by who pushed the adapter again"
     assert second.exists()
     assert (composites.forget("b"), second.exists()) == (["second"], False)
+
+
+def test_an_adapter_deleted_while_its_composite_is_made_takes_it_along(composites: Composites) -> None:
+    with composites.using("made", frozenset("ab")):
+        assert composites.forget("a") == ["made"]
+        path = composites.path("made")
+        path.write_bytes(b"x")
+        composites.add("made")
+        assert path.exists(), "the request that wanted it runs on it"
+    assert not path.exists()
+
+
+def test_a_composite_that_nobody_waits_for_any_more_is_not_kept(composites: Composites) -> None:
+    with composites.using("made", frozenset("a")):
+        pass
+    path = composites.path("made")
+    path.write_bytes(b"x")
+    composites.add("made")
+    assert (path.exists(), composites.nbytes) == (False, 0)
 
 
 def test_a_program_id_covers_all_that_changes_what_is_computed() -> None:

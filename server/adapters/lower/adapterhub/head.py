@@ -30,7 +30,7 @@ def _labels(value: Any) -> str | None:
 
 _FIELDS: dict[str, Rule] = {
     "head_type": only(*_POOLING),
-    "num_labels": integer(1, 1 << 20),
+    "num_labels": integer(1, MAX_LABELS),
     "layers": integer(1, _MAX_LAYERS),
     "activation_function": optional(activation_name),
     "label2id": optional(_labels),

@@ -15,13 +15,11 @@ from server.adapters.lower.method import Method, Rule, boolean, no_effect, only,
 from server.adapters.lower.source import Source
 
 MAX_LAYERS = 4
-MAX_LABEL_LENGTH = 256
 
 
 def _labels(value: Any) -> str | None:
-    fits = isinstance(value, list) and 0 < len(value) <= MAX_LABELS
-    fits = fits and all(isinstance(item, str) and 0 < len(item) <= MAX_LABEL_LENGTH for item in value)
-    return None if fits else f"a list of 1 to {MAX_LABELS} texts of up to {MAX_LABEL_LENGTH} characters"
+    fits = isinstance(value, list) and 0 < len(value) <= MAX_LABELS and all(isinstance(item, str) for item in value)
+    return None if fits else f"a list of 1 to {MAX_LABELS} texts"
 
 
 def lower(source: Source, base: Base) -> Program:
