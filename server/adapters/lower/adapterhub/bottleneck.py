@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.ir import BottleneckEdit, Placement, Program, Stream
-from server.adapters.lower.adapterhub.options import ENVELOPE, activation, activation_name, options
+from server.adapters.lower.adapterhub.options import ENVELOPE, Part, activation, activation_name, one_config
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, boolean, no_effect, only, optional
 from server.adapters.lower.source import Source
@@ -35,7 +35,7 @@ def _scaling(value: Any) -> str | None:
     return None if number or value in ("learned", "channel") else "a number, learned or channel"
 
 
-FIELDS: dict[str, Rule] = {
+_FIELDS: dict[str, Rule] = {
     "architecture": only(None, "bottleneck"),
     "non_linearity": activation_name,
     "scaling": _scaling,
@@ -68,14 +68,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def lower(source: Source, base: Base) -> Program:
-    """A checkpoint of bottlenecks."""
-    program = Program()
-    lower_bottlenecks(source, base, program, options(source, source.config.get("config"), FIELDS))
-    return program
-
-
-def lower_bottlenecks(source: Source, base: Base, program: Program, given: Mapping[str, Any]) -> None:
+def _lower(source: Source, base: Base, program: Program, given: Mapping[str, Any]) -> None:
     """The bottlenecks of one config: every site of a sub-layer that there are tensors for."""
     settings = {**_DEFAULTS, **given}
     if not base.spec.sublayers:
@@ -206,9 +199,10 @@ def _scaling_of(tensors: _Tensors, scaling: Any) -> Tensor | None:
     return tensors.need("scaling", (1,) if scaling == "learned" else (tensors.base.spec.hidden_size,))
 
 
+BOTTLENECKS = Part(_FIELDS, _lower)
 METHOD = Method(
     name="bottleneck",
     summary="bottlenecks at sub-layers' outputs, with their placement; Compacter's are spelt out",
     fields=ENVELOPE,
-    lower=lower,
+    lower=one_config(BOTTLENECKS),
 )

@@ -13,9 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from server.adapters.ir import BottleneckEdit, FusionEdit, Placement, Program
-from server.adapters.lower.adapterhub.bottleneck import FIELDS as BOTTLENECK_FIELDS
-from server.adapters.lower.adapterhub.bottleneck import lower_bottlenecks
-from server.adapters.lower.adapterhub.options import ENVELOPE, options
+from server.adapters.lower.adapterhub.bottleneck import BOTTLENECKS
+from server.adapters.lower.adapterhub.options import ENVELOPE, one_config, options
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, boolean, no_effect, only
 from server.adapters.lower.source import Source
@@ -72,9 +71,7 @@ def _names(source: Source) -> list[str]:
 def _child(source: Source, base: Base, name: str) -> Program:
     child = source.part(source.checkpoint.children[name], f"{name}: adapter_config.json")
     child.check_fields(ENVELOPE)
-    program = Program()
-    config = child.config.get("config")
-    lower_bottlenecks(child, base, program, options(child, config, BOTTLENECK_FIELDS))
+    program = one_config(BOTTLENECKS)(child, base)
     child.check_all_used()
     return program
 

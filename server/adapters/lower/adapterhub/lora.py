@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import Program
-from server.adapters.lower.adapterhub.options import ENVELOPE, before_1_1, options
+from server.adapters.lower.adapterhub.options import ENVELOPE, Part, before_1_1, one_config
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, boolean, integer, no_effect, number, only, optional
 from server.adapters.lower.source import Source
@@ -29,7 +29,7 @@ def _attention_matrices(value: Any) -> str | None:
     return None if fits else "a list of q, k and v"
 
 
-FIELDS: dict[str, Rule] = {
+_FIELDS: dict[str, Rule] = {
     "architecture": only("lora"),
     "r": integer(1, 4096),
     "alpha": number(-1e6, 1e6),
@@ -46,14 +46,7 @@ FIELDS: dict[str, Rule] = {
 _DEFAULTS: dict[str, Any] = {"r": 8, "alpha": 8, "attn_matrices": ["q", "v"], "composition_mode": "add", "use_dora": False}
 
 
-def lower(source: Source, base: Base) -> Program:
-    """A checkpoint of one LoRA config."""
-    program = Program()
-    lower_loras(source, base, program, options(source, source.config.get("config"), FIELDS))
-    return program
-
-
-def lower_loras(source: Source, base: Base, program: Program, given: Mapping[str, Any]) -> None:
+def _lower(source: Source, base: Base, program: Program, given: Mapping[str, Any]) -> None:
     """The matrices or vectors of one config: every linear that there are tensors for."""
     settings = {**_DEFAULTS, **given}
     if before_1_1(source) and settings["composition_mode"] == "add":
@@ -154,9 +147,10 @@ def _groups(base: Base, spec: SiteSpec, settings: Mapping[str, Any]) -> list[int
     return [index for index, name in enumerate(_MATRICES) if name in settings["attn_matrices"]] if is_fused else []
 
 
+LORAS = Part(_FIELDS, _lower)
 METHOD = Method(
     name="lora",
     summary="low rank; DoRA adds an output scale, (IA)³ is one, VeRA's matrices are multiplied out",
     fields=ENVELOPE,
-    lower=lower,
+    lower=one_config(LORAS),
 )

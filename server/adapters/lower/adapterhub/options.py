@@ -1,11 +1,17 @@
-"""What all AdapterHub checkpoints share: the config around a method's own, and how the latter's fields are read."""
+"""What all AdapterHub checkpoints share: the config around a method's own, how the latter's fields are read, and what a method makes of them.
+
+Knows no method's fields.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from server.adapters.activations import ACTIVATIONS
+from server.adapters.ir import Program
+from server.adapters.lower.base import Base
 from server.adapters.lower.method import Rule, no_effect
 from server.adapters.lower.source import Source
 
@@ -31,6 +37,14 @@ ENVELOPE: dict[str, Rule] = {
 """Rules for the fields around ``config``."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one config of the library makes: the rules of its fields, and how it is lowered into a program, the checked fields given."""
+
+    fields: Mapping[str, Rule]
+    lower: Callable[[Source, Base, Program, Mapping[str, Any]], None]
+
+
 def options(source: Source, values: Any, rules: Mapping[str, Rule], prefix: str = "config.") -> dict[str, Any]:
     """A method's own fields, checked. Raises LoweringError with all of them that are not served."""
     if not isinstance(values, Mapping):
@@ -39,6 +53,17 @@ def options(source: Source, values: Any, rules: Mapping[str, Rule], prefix: str 
     source.check_fields(rules, values, prefix)
     source.stop_if_faulty()
     return dict(values)
+
+
+def one_config(part: Part) -> Callable[[Source, Base], Program]:
+    """The lowering of a checkpoint whose ``config`` is that of one part."""
+
+    def lower(source: Source, base: Base) -> Program:
+        program = Program()
+        part.lower(source, base, program, options(source, source.config.get("config"), part.fields))
+        return program
+
+    return lower
 
 
 def activation(source: Source, name: str) -> str:

@@ -5,8 +5,11 @@ They have no position and no type, and real tokens keep their positions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from server.adapters.ir import Program, Prologue
-from server.adapters.lower.adapterhub.options import ENVELOPE, options
+from server.adapters.lower.adapterhub.options import ENVELOPE, Part, one_config
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, integer, no_effect, only
 from server.adapters.lower.source import Source
@@ -19,10 +22,8 @@ _FIELDS: dict[str, Rule] = {
 }
 
 
-def lower(source: Source, base: Base) -> Program:
+def _lower(source: Source, base: Base, program: Program, given: Mapping[str, Any]) -> None:
     """The virtual tokens, as the program's prologue."""
-    program = Program()
-    given = options(source, source.config.get("config"), _FIELDS)
     if not base.spec.embedding_norm:
         message = f"the library has prompt tuning for encoders only, not for {base.spec.family}"
         source.fault("unsupported_method", f"{source.file}: config.architecture", message)
@@ -38,12 +39,11 @@ def lower(source: Source, base: Base) -> Program:
             shifts=False,
             after_first=given.get("combine") == "prefix_after_bos",
         )
-    return program
 
 
 METHOD = Method(
     name="prompt_tuning",
     summary="virtual tokens after the norm of an encoder's embeddings, positions not shifted",
     fields=ENVELOPE,
-    lower=lower,
+    lower=one_config(Part(_FIELDS, _lower)),
 )

@@ -6,11 +6,14 @@ subtract, saves the same config as NoReFT; the library reads both as NoReFT.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from server.adapters.ir import InterventionEdit, Program
-from server.adapters.lower.adapterhub.options import ENVELOPE, activation, activation_name, options
+from server.adapters.lower.adapterhub.options import ENVELOPE, Part, activation, activation_name, one_config
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, Rule, integer, no_effect, only, optional
 from server.adapters.lower.source import Source
@@ -28,10 +31,8 @@ _FIELDS: dict[str, Rule] = {
 }
 
 
-def lower(source: Source, base: Base) -> Program:
+def _lower(source: Source, base: Base, program: Program, given: Mapping[str, Any]) -> None:
     """The unit of the first tokens, layer by layer."""
-    program = Program()
-    given = options(source, source.config.get("config"), _FIELDS)
     act = given.get("non_linearity")
     name = activation(source, act) if act else "linear"
     for spec in source.sites("refts.", ("layer",)):
@@ -42,7 +43,6 @@ def lower(source: Source, base: Base) -> Program:
             source.fault("missing_tensor", site, "the unit of the first tokens needs learned_source and projection")
         else:
             program.add(site, edits[0])
-    return program
 
 
 def _unit(source: Source, base: Base, site: str, unit: int, act: str, positions: int) -> InterventionEdit | None:
@@ -82,5 +82,5 @@ METHOD = Method(
     name="reft",
     summary="interventions on layers' outputs at the first tokens",
     fields=ENVELOPE,
-    lower=lower,
+    lower=one_config(Part(_FIELDS, _lower)),
 )

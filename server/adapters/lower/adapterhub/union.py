@@ -8,22 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from server.adapters.ir import Program
-from server.adapters.lower.adapterhub.bottleneck import FIELDS as BOTTLENECK_FIELDS
-from server.adapters.lower.adapterhub.bottleneck import lower_bottlenecks
-from server.adapters.lower.adapterhub.lora import FIELDS as LORA_FIELDS
-from server.adapters.lower.adapterhub.lora import lower_loras
+from server.adapters.lower.adapterhub.bottleneck import BOTTLENECKS
+from server.adapters.lower.adapterhub.lora import LORAS
 from server.adapters.lower.adapterhub.options import ENVELOPE, options
-from server.adapters.lower.adapterhub.prefix import FIELDS as PREFIX_FIELDS
-from server.adapters.lower.adapterhub.prefix import lower_prefix
+from server.adapters.lower.adapterhub.prefix import PREFIX
 from server.adapters.lower.base import Base
 from server.adapters.lower.method import Method, only
 from server.adapters.lower.source import Source
 
-_PARTS = {
-    "bottleneck": (BOTTLENECK_FIELDS, lower_bottlenecks),
-    "lora": (LORA_FIELDS, lower_loras),
-    "prefix_tuning": (PREFIX_FIELDS, lower_prefix),
-}
+_PARTS = {"bottleneck": BOTTLENECKS, "lora": LORAS, "prefix_tuning": PREFIX}
 
 
 def _configs(value: Any) -> str | None:
@@ -45,8 +38,8 @@ def lower(source: Source, base: Base) -> Program:
             source.fault("unsupported_field", where, message, found=name[:80])
     source.stop_if_faulty()
     for index, (name, values) in enumerate(zip(names, configs, strict=True)):
-        rules, lower_part = _PARTS[name]
-        lower_part(source, base, program, options(source, values, rules, f"config.configs.{index}."))
+        part = _PARTS[name]
+        part.lower(source, base, program, options(source, values, part.fields, f"config.configs.{index}."))
     return program
 
 

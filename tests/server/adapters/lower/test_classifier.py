@@ -19,6 +19,7 @@ from server.adapters.lower import Checkpoint, lower
 from server.adapters.lower.base import Base
 from tests.conftest import TinyModels
 from tests.harness import load_base_for_lowering
+from tests.server.adapters.lower.hostile import JSON, checkpoint_faults
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 4, "lora_alpha": 4, "target_modules": ["query"]}
 PROBE: dict[str, Any] = {"medley_type": "PROBE", "labels": ["a", "b"]}
@@ -41,9 +42,7 @@ def bert(tiny_models: TinyModels) -> Base:
 
 
 def faults(config: dict[str, Any], tensors: dict[str, Tensor], base: Base, labels: tuple[str, ...] = ()) -> dict[str, str]:
-    with pytest.raises(LoweringError) as caught:
-        lower(Checkpoint(config, tensors, labels=labels), base)
-    return {fault.where: fault.code for fault in caught.value.faults}
+    return checkpoint_faults(Checkpoint(config, tensors, labels=labels), base)
 
 
 def test_a_missing_classifier_is_named(bert: Base) -> None:
@@ -120,13 +119,6 @@ def test_distilbert_needs_what_stands_before_its_classifier(tiny_models: TinyMod
 )
 def test_probes_that_are_refused(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: str, bert: Base) -> None:
     assert where in faults({**PROBE, **config}, {name: torch.ones(shape) for name, shape in shapes.items()}, bert)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

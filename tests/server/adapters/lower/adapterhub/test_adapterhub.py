@@ -21,7 +21,8 @@ from server.adapters.lowerer import LowererClient
 from tests.conftest import TinyModels
 from tests.harness import load_base_for_lowering
 from tests.parity.golden import GOLDEN, base_directory, golden_files, read_golden
-from tests.server.adapters.lower.test_faults import JSON
+from tests.server.adapters.lower.hostile import JSON
+from tests.server.adapters.lower.hostile import checkpoint_faults as codes
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,6 @@ def changed(checkpoint: Checkpoint, **fields: Any) -> Checkpoint:
     config = copy.deepcopy(dict(checkpoint.config))
     config["config"].update(fields)
     return replace(checkpoint, config=config)
-
-
-def codes(checkpoint: Checkpoint, base: Base) -> dict[str, str]:
-    with pytest.raises(LoweringError) as caught:
-        lower(checkpoint, base)
-    return {fault.where: fault.code for fault in caught.value.faults}
 
 
 @pytest.mark.parametrize(

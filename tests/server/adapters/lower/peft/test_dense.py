@@ -17,18 +17,12 @@ from server.adapters.faults import LoweringError
 from server.adapters.lower import Checkpoint, lower, methods
 from server.adapters.lower.base import Base
 from tests.conftest import TinyModels
-from tests.harness import load_base_for_lowering
 from tests.parity.cases import make_checkpoint
 from tests.parity.test_dense import CASES
 from tests.parity.test_lora_variants import CASES as LORA_CASES
-from tests.server.adapters.lower.test_faults import JSON
+from tests.server.adapters.lower.hostile import JSON
 
 Files = tuple[dict[str, Any], dict[str, Tensor]]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_models: TinyModels) -> Base:
-    return load_base_for_lowering(tiny_models("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from server.adapters.lower import Checkpoint, Method, lower, methods
 from server.adapters.lower.base import Base
 from tests.conftest import TinyModels
 from tests.harness import load_base_for_lowering
+from tests.server.adapters.lower.hostile import JSON, checkpoint_faults
 
 TOKENS: dict[str, Tensor] = {"prompt_embeddings": torch.randn(5, 32)}
 PREFIX: dict[str, Tensor] = {"prompt_embeddings": torch.randn(5, 2 * 2 * 2 * 8)}
@@ -36,15 +37,8 @@ TENSORS = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tiny_models: TinyModels) -> Base:
-    return load_base_for_lowering(tiny_models("llama"))
-
-
 def faults(method: str, tensors: dict[str, Tensor], base: Base, **config: Any) -> dict[str, str]:
-    with pytest.raises(LoweringError) as caught:
-        lower(Checkpoint({"peft_type": method, **config}, tensors), base)
-    return {fault.where: fault.code for fault in caught.value.faults}
+    return checkpoint_faults(Checkpoint({"peft_type": method, **config}, tensors), base)
 
 
 @pytest.mark.parametrize(
@@ -106,11 +100,6 @@ def test_virtual_tokens_behind_the_first_token_are_for_encoders(base: Base, monk
     assert faults("PROMPT_TUNING", {}, base) == {"adapter": "unsupported_field"}
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 32, 64]), max_size=4)
 
 

@@ -21,20 +21,15 @@ from server.adapters.ir import LinearEdit, Program
 from server.adapters.lower import Checkpoint, lower, methods
 from server.adapters.lower.base import Base
 from tests.conftest import TinyModels
-from tests.harness import load_base_for_lowering
 from tests.parity import test_low_rank, test_replacements, test_rotations
 from tests.parity.cases import Case, make_checkpoint
+from tests.server.adapters.lower.hostile import JSON, faults
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 CASES = {case.name: case for module in (test_low_rank, test_rotations, test_replacements) for case in module.CASES}
 Files = tuple[dict[str, Any], dict[str, Tensor]]
 GetFiles = Callable[[str], Files]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_models: TinyModels) -> Base:
-    return load_base_for_lowering(tiny_models("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +44,6 @@ def files(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> 
         return made[name]
 
     return get
-
-
-def faults(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, **limits: int) -> dict[str, str]:
-    with pytest.raises(LoweringError) as caught:
-        lower(Checkpoint(config, tensors), base, **limits)
-    return {fault.where: fault.code for fault in caught.value.faults}
 
 
 def one_of_each_kind(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -220,13 +209,6 @@ def test_small_checkpoints_of_large_programs_make_nothing(config: dict[str, Any]
     started = time.perf_counter()
     assert faults(config, tensors, base, max_bytes=1 << 20) == {"adapter": "program_too_large"}
     assert time.perf_counter() - started < 1
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
