@@ -11,7 +11,11 @@ from server.adapters.lower.source import Source
 def check_program(source: Source, base: Base, program: Program, max_bytes: int) -> None:
     """Record every way in which the program cannot be served."""
     if program.is_empty:
-        source.fault("empty_adapter", "adapter_model.safetensors", "the adapter changes no module of this base model")
+        source.fault(
+            "empty_adapter",
+            "adapter_model.safetensors",
+            "the adapter changes no module of this base model; was it trained on another one?",
+        )
     if (where := program.first_non_finite()) is not None:
         source.fault(
             "non_finite", where, f"the edit overflows in {base.spec.dtype}; scale the adapter down or serve the base in float32"
@@ -20,7 +24,7 @@ def check_program(source: Source, base: Base, program: Program, max_bytes: int) 
         source.fault(
             "program_too_large",
             "adapter",
-            "the lowered adapter is too large",
+            "the lowered adapter is too large; train fewer modules, or with a smaller rank",
             f"at most {max_bytes} bytes",
             f"{program.nbytes} bytes",
         )
@@ -38,7 +42,13 @@ def _check_prologue(source: Source, base: Base, program: Program) -> None:
     spec, prologue = base.spec, program.prologue
     if len(prologue) and len(prologue) >= spec.max_positions:
         found = f"{len(prologue)} virtual tokens"
-        source.fault("program_too_large", "adapter", "no room is left for a prompt", f"fewer than {spec.max_positions}", found)
+        source.fault(
+            "program_too_large",
+            "adapter",
+            "no room is left for a prompt; train fewer virtual tokens",
+            f"fewer than {spec.max_positions}",
+            found,
+        )
     if prologue.after_first and not spec.is_encoder:
         source.fault(
             "unsupported_field",

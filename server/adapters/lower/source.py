@@ -128,7 +128,12 @@ class Source:
         self._left -= count
         if self._left < 0:
             expected = f"at most {self._max_numbers} numbers"
-            self.fault("program_too_large", "adapter", "the lowered adapter would be too large", expected)
+            self.fault(
+                "program_too_large",
+                "adapter",
+                "the lowered adapter would be too large; train fewer modules, or with a smaller rank",
+                expected,
+            )
             self.stop_if_faulty()
 
     def stop_if_faulty(self) -> None:
@@ -148,7 +153,7 @@ class Source:
             rule = rules.get(field)
             if rule is None:
                 if value not in (None, False, "", [], {}):
-                    message = "this field is not known for this method, and ignoring it could change the result"
+                    message = "this field is not known for this method, and ignoring it could change the result; leave it out if it does nothing"
                     self._field_fault(values, prefix, field[:80], message)
             elif (expected := rule(value)) is not None:
                 self._field_fault(values, prefix, field, "this value is not supported", expected)
@@ -160,12 +165,16 @@ class Source:
         lost = [key for site in whole for key, _ in self._by_site.pop(site).values()]
         for key in [*(key for key, _ in self._shared.values()), *lost]:
             self.fault(
-                "unmatched_tensor", key[:200], f"the base model ({self._spec.family}) has no module that this tensor belongs to"
+                "unmatched_tensor",
+                key[:200],
+                f"the base model ({self._spec.family}) has no module that this tensor belongs to; was it trained on another one?",
             )
         for tails in self._by_site.values():
             for key, _ in tails.values():
                 self.fault(
-                    "unused_tensor", key[:200], "the method has no use for this tensor, and ignoring it could change the result"
+                    "unused_tensor",
+                    key[:200],
+                    "the method has no use for this tensor, and ignoring it could change the result; leave it out if it belongs to nothing",
                 )
 
     def pattern(self, field: str, site: str, default: Any) -> Any:
@@ -208,7 +217,12 @@ class Source:
 
     def _put(self, place: dict[str, tuple[str, Tensor]], name: str, key: str, tensor: Tensor) -> None:
         if name in place and not (self._layout.has_aliases and torch.equal(tensor, place[name][1])):
-            self.fault("duplicate_tensor", key[:200], "two tensors stand for the same thing", found=place[name][0][:200])
+            self.fault(
+                "duplicate_tensor",
+                key[:200],
+                "two tensors stand for the same thing; keep one of them",
+                found=place[name][0][:200],
+            )
         place[name] = (key, tensor)
 
     def _site(self, path: str) -> str | None:

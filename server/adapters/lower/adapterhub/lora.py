@@ -105,7 +105,11 @@ def _pair(source: Source, base: Base, spec: SiteSpec, settings: Mapping[str, Any
     third, count = spec.out_features // 3, max(1, len(parts))
     for tail in ("loras.lora_A", "loras.lora_B"):
         if not source.has(spec.name, tail):
-            source.fault("missing_tensor", f"{spec.name}.{tail}", "one half of the pair is missing; the checkpoint is incomplete")
+            source.fault(
+                "missing_tensor",
+                f"{spec.name}.{tail}",
+                "one half of the pair is missing; the checkpoint is incomplete, save the adapter again",
+            )
     down = source.take(spec.name, "loras.lora_A", (rank * count, spec.in_features))
     up = source.take(spec.name, "loras.lora_B", (third * count if parts else spec.out_features, rank))
     if down is None or up is None:

@@ -31,7 +31,11 @@ def _lower(source: Source, base: Base, program: Program, given: Mapping[str, Any
     shape = (given.get("prompt_length", 10), base.spec.hidden_size)
     tokens = source.take_shared("prompt_tunings.prompt_embedding.weight", shape)
     if tokens is None:
-        source.fault("missing_tensor", "prompt_embedding.weight", "the checkpoint lacks the embeddings of its virtual tokens")
+        source.fault(
+            "missing_tensor",
+            "prompt_embedding.weight",
+            "the checkpoint lacks the embeddings of its virtual tokens; save the adapter again",
+        )
     else:
         program.prologue = Prologue(
             tokens=tokens.to(base.compute),

@@ -27,7 +27,7 @@ def _lower_bias(source: Source, base: Base, program: Program, spec: SiteSpec, bi
     is_delta = source.config.get("values", "delta") == "delta"
     if not spec.has_bias and (spec.kind == "norm" or not is_delta):
         # A linear without a bias can take a delta all the same: zero plus the delta.
-        source.fault("unmatched_tensor", f"{spec.name}.bias", "the base model has no bias here")
+        source.fault("unmatched_tensor", f"{spec.name}.bias", "the base model has no bias here; leave the tensor out")
     elif spec.kind == "norm":
         program.add(spec.name, NormEdit(bias=base.bias(spec.name) + bias if is_delta else bias))
     else:

@@ -83,7 +83,7 @@ def _lower_norm(source: Source, base: Base, program: Program, spec: SiteSpec, lo
         if tensor is None:
             continue
         if tail == "bias" and not spec.has_bias:
-            source.fault("unmatched_tensor", f"{spec.name}.bias", "the base model's norm has no bias")
+            source.fault("unmatched_tensor", f"{spec.name}.bias", "the base model's norm has no bias; leave the tensor out")
             continue
         original = base.weight(spec.name) if tail == "weight" else base.bias(spec.name)
         if _difference(source, base, f"{spec.name}.{tail}", tensor, original, loss) is not None:
@@ -166,7 +166,9 @@ def _difference(source: Source, base: Base, name: str, tensor: Tensor, original:
     delta = tensor.to(base.compute) - original
     square = float(delta.double().square().sum())
     if not math.isfinite(square) or not bool(torch.isfinite(delta).all()):
-        source.fault("non_finite", name, "the difference to the base model overflows")
+        source.fault(
+            "non_finite", name, "the difference to the base model overflows; are there infinite numbers in the checkpoint?"
+        )
         return None
     loss.total += square
     return delta

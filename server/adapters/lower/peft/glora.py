@@ -63,7 +63,11 @@ def _lower_bias(source: Source, base: Base, program: Program, spec: SiteSpec) ->
     if spec.has_bias:
         edit.shift = shift
     else:
-        source.fault("unmatched_tensor", f"{spec.name}.glora_C", "the base model has no bias here, which C, D and E would change")
+        source.fault(
+            "unmatched_tensor",
+            f"{spec.name}.glora_C",
+            'the base model has no bias here, which C, D and E would change; train with config_C and config_D_E "none"',
+        )
 
 
 def _pair(source: Source, base: Base, site: str, part: str, rows: int, columns: int) -> tuple[Tensor, Tensor] | None:

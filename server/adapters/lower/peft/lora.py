@@ -46,11 +46,8 @@ REINITS = ("pissa", "olora")
 def _init(value: Any) -> str | None:
     """Initialisations that leave the base alone are history; PiSSA and OLoRA took a part out of it, which is put back as rank."""
     fits = any(type(value) is type(item) and value == item for item in (*PLAIN_INITS, *REINITS))
-    return (
-        None
-        if fits
-        else "true, false, gaussian, eva, orthogonal, mica, lora_ga, pissa or olora (others changed the base irreproducibly)"
-    )
+    names = "true, false, gaussian, eva, orthogonal, mica, lora_ga, pissa or olora"
+    return None if fits else f"{names} (others changed the base irreproducibly)"
 
 
 def _indices(value: Any) -> str | None:

@@ -39,12 +39,13 @@ def block_settings(value: Any) -> str | None:
 
 
 def check_combination(source: Source, changes_base: bool) -> None:
-    """PEFT has no two of these at once; and only DoRA is defined on a base that the initialisation changed."""
+    """PEFT has no two of these at once; and only DoRA is defined on a base that the initialisation changed. Raises LoweringError otherwise."""
     chosen = [field for field in _EXCLUSIVE if source.config.get(field)]
     for field in chosen[1:]:
         source.field_fault(field, f"this cannot be combined with {chosen[0]}")
     if changes_base and chosen and chosen != ["use_dora"]:
         source.field_fault("init_lora_weights", f"this initialisation cannot be combined with {chosen[0]}")
+    source.stop_if_faulty()
 
 
 def spread_blocks(source: Source, group: Group) -> tuple[Tensor, Tensor] | None:

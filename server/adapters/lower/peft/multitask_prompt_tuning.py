@@ -28,7 +28,11 @@ def lower(source: Source, base: Base) -> Program:
     elif cols.shape[0] != rows.shape[0] or cols.shape[2] != rows.shape[1] or not rows.numel():
         shapes = f"{tuple(cols.shape)}, {tuple(rows.shape)}"
         source.fault(
-            "wrong_shape", "prefix_task_cols, prefix_task_rows", "they disagree on tasks or ranks", "(t, P, r), (t, r, h)", shapes
+            "wrong_shape",
+            "prefix_task_cols, prefix_task_rows",
+            "the task's matrices disagree on tasks or ranks; save the adapter again",
+            "(t, P, r), (t, r, h)",
+            shapes,
         )
     elif program.prologue.tokens is not None and (task := _task(source, cols)) is not None:
         program.prologue.tokens = program.prologue.tokens * (cols[task].to(base.compute) @ rows[task].to(base.compute))

@@ -44,7 +44,11 @@ def lower(source: Source, base: Base) -> Program:
             continue
         first, second = (tensor.to(base.compute) for tensor in bases)
         if first.shape[2] < small or second.shape[0] < large or second.shape[1] < count:
-            source.fault("wrong_shape", spec.name, "the shared bases are smaller than this module")
+            source.fault(
+                "wrong_shape",
+                spec.name,
+                "the shared bases are smaller than this module; was the adapter trained on another base model?",
+            )
             continue
         source.reserve(small * large)
         right = (scales[:, :, None] * first[:, :, :small] * gains).flatten(end_dim=1)
@@ -98,7 +102,9 @@ def _check_copies(source: Source, site: str, bases: tuple[Tensor, Tensor]) -> No
     for name, shared in zip((_FIRST, _SECOND), bases, strict=True):
         copy = source.take(site, name)
         if copy is not None and not torch.equal(copy, shared):
-            source.fault("duplicate_tensor", f"{site}.{name}", "a module's copy of the shared basis differs from it")
+            source.fault(
+                "duplicate_tensor", f"{site}.{name}", "a module's copy of the shared basis differs from it; remove the copies"
+            )
 
 
 METHOD = Method(

@@ -27,7 +27,9 @@ def lower_biases(source: Source, base: Base, program: Program) -> None:
             if bias is None:
                 continue
             if not spec.has_bias:
-                source.fault("unmatched_tensor", f"{site}.{tail}", "the base model has no bias here to replace")
+                source.fault(
+                    "unmatched_tensor", f"{site}.{tail}", "the base model has no bias here to replace; leave the tensor out"
+                )
             elif spec.kind == "norm":
                 program.add(site, NormEdit(bias=bias))
             else:
@@ -43,7 +45,9 @@ def lower_replaced_modules(source: Source, base: Base, program: Program) -> None
                 continue
             if tail == "weight" and spec.kind == "linear" and site in program.edits:
                 source.fault(
-                    "duplicate_tensor", f"{site}.weight", "the module is replaced as a whole, and changed by the method too"
+                    "duplicate_tensor",
+                    f"{site}.weight",
+                    "the module is replaced as a whole, and changed by the method too; leave it out of modules_to_save or target_modules",
                 )
                 continue
             weight = source.take(site, tail, stored_shape(spec))

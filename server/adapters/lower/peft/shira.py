@@ -17,24 +17,24 @@ def lower(source: Source, base: Base) -> Program:
     """``W[row, column] += value``; places that occur twice add up."""
 
     def lower_site(program: Program, group: Group) -> None:
-        spec, (rows, columns) = group.spec, group[_PLACES]
+        spec, places = group.spec, group[_PLACES]
         if group.sizes["n"] != group.sizes["places"]:
-            message = "every value needs its place; the checkpoint is incomplete"
-            source.fault(
-                "missing_tensor", f"{group.site}.{_PLACES}", message, f"(2, {group.sizes['n']})", str(tuple(group[_PLACES].shape))
-            )
+            message, expected = "every value needs its place; the checkpoint is incomplete", f"(2, {group.sizes['n']})"
+            source.fault("missing_tensor", f"{group.site}.{_PLACES}", message, expected, str(tuple(places.shape)))
             return
-        if (
-            min(int(rows.min()), int(columns.min())) < 0
-            or int(rows.max()) >= spec.out_features
-            or int(columns.max()) >= spec.in_features
-        ):
+        limits = torch.tensor([[spec.out_features], [spec.in_features]])
+        if bool(((places < 0) | (places >= limits)).any()):
             expected = f"rows below {spec.out_features}, columns below {spec.in_features}"
-            source.fault("wrong_shape", f"{group.site}.{_PLACES}", "a place lies outside the weight", expected)
+            source.fault(
+                "wrong_shape",
+                f"{group.site}.{_PLACES}",
+                "a place lies outside the weight; was the adapter trained on another base model?",
+                expected,
+            )
             return
         source.reserve(spec.out_features * spec.in_features)
         delta = torch.zeros(spec.out_features, spec.in_features, dtype=base.compute)
-        program.linear(group.site).dense = delta.index_put_((rows, columns), group[_VALUES], accumulate=True)
+        program.linear(group.site).dense = delta.index_put_((places[0], places[1]), group[_VALUES], accumulate=True)
 
     shapes = {_VALUES: ("n",), _PLACES: (2, "places")}
     return lower_groups(source, base, "shira_", shapes, lower_site, integers=frozenset({_PLACES}))

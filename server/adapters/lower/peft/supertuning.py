@@ -30,7 +30,12 @@ def lower(source: Source, base: Base) -> Program:
         size_in, size_out = group.spec.in_features, group.spec.out_features
         places = group[_INDICES]
         if int(places.min()) < 0 or int(places.max()) >= size_in * size_out:
-            source.fault("wrong_shape", f"{group.site}.{_INDICES}", "a position is outside the weight", str(size_in * size_out))
+            source.fault(
+                "wrong_shape",
+                f"{group.site}.{_INDICES}",
+                "a position is outside the weight; was the adapter trained on another base model?",
+                str(size_in * size_out),
+            )
             continue
         source.reserve(size_in * size_out)
         edit = program.linear(group.site)

@@ -50,7 +50,12 @@ def lower_prefix(source: Source, base: Base) -> Prologue:
 def take_prompt(source: Source, base: Base, width: int) -> Tensor | None:
     """``prompt_embeddings (P, width)``; None, with the fault recorded, when it is not there or does not fit."""
     if "prompt_embeddings" not in source.shared:
-        source.fault("missing_tensor", "prompt_embeddings", "the checkpoint holds no virtual tokens", f"(P, {width})")
+        source.fault(
+            "missing_tensor",
+            "prompt_embeddings",
+            "the checkpoint holds no virtual tokens; save the adapter again",
+            f"(P, {width})",
+        )
         return None
     prompt = source.take_shared("prompt_embeddings", (None, width))
     if prompt is None:

@@ -109,7 +109,12 @@ def with_saved_modules(source: Source, base: Base, program: Program) -> Program:
 def shared_tensor(source: Source, name: str, shape: tuple[int | None, ...], *, integers: bool = False) -> Tensor | None:
     """A tensor of the method itself, which belongs to no site. When it is missing, or does not fit, a fault and None."""
     if name not in source.shared:
-        source.fault("missing_tensor", f"base_model.{name}", "the checkpoint is incomplete without this tensor", str(shape))
+        source.fault(
+            "missing_tensor",
+            f"base_model.{name}",
+            "the checkpoint is incomplete without this tensor; save the adapter again",
+            str(shape),
+        )
     return source.take_shared(name, shape, integers=integers)
 
 
@@ -154,7 +159,9 @@ def _take(
     for tail, shape in shapes.items():
         where = f"{spec.name}.{tail}"
         if not source.has(spec.name, tail):
-            source.fault("missing_tensor", where, "a tensor of the group is missing; the checkpoint is incomplete")
+            source.fault(
+                "missing_tensor", where, "a tensor of the group is missing; the checkpoint is incomplete, save the adapter again"
+            )
             continue
         tensor = source.take(spec.name, tail, (None,) * len(shape), integers=tail in integers)
         if tensor is None:

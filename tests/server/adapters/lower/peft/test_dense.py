@@ -62,6 +62,7 @@ def faults(checkpoint: Files, base: Base) -> set[str]:
         ("deft", {"para": True}, "unused_tensor"),
         ("deft-para", {"para": False}, "missing_tensor"),
         ("frod", {"save_projection": False}, "unsupported_field"),
+        ("kasa", {"use_bdlora": {"nblocks": 2}}, "unsupported_field"),
     ],
 )
 def test_configs_that_do_not_fit_the_tensors(
