@@ -20,9 +20,7 @@ from tests.parity.shared import clean_model
 FAMILIES = ("llama", "gpt2", "qwen2")
 EVERYWHERE = (*FAMILIES, "bert")
 PLAIN_LINEARS = ("llama", "qwen2", "bert")
-"""Families without GPT-2's Conv1D, for which PEFT has no layers of many methods."""
-WITH_HEAD = ("llama", "qwen2")
-"""The same that have an output head."""
+"""Families without GPT-2's Conv1D, for which PEFT has no layers of many methods; of some of them it has layers for GPT-2's head."""
 ONE_IS_ENOUGH = ("llama",)
 """For variants of a method that other cases show to fit every family."""
 DEFAULT_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -89,12 +87,12 @@ def by_family(cases: Iterable[Case]) -> list[Any]:
     return [pytest.param(family, case, id=f"{family}-{case.name}") for case in cases for family in case.families]
 
 
-def all_cases(family: str) -> Iterator[Case]:
-    """Every case for a family in ``CASES`` of the tests in this folder."""
+def all_cases(family: str | None = None) -> Iterator[Case]:
+    """Every case, or every one for a family, in ``CASES`` of the tests in this folder."""
     for info in pkgutil.iter_modules(tests.parity.__path__):
         if info.name.startswith("test_"):
             for case in getattr(importlib.import_module(f"tests.parity.{info.name}"), "CASES", ()):
-                if isinstance(case, Case) and family in case.families:
+                if isinstance(case, Case) and (family is None or family in case.families):
                     yield case
 
 
@@ -106,6 +104,11 @@ def one_of_each(family: str) -> Iterator[Case]:
         if kind not in seen:
             seen.add(kind)
             yield case
+
+
+def one_case(name: str) -> Case:
+    """A case by its name."""
+    return next(case for case in all_cases() if case.name == name)
 
 
 def make_checkpoint(case: Case, family: str, base: Path, directory: Path, *, task: str = "CAUSAL_LM", seed: int = 9) -> Path:

@@ -22,7 +22,7 @@ from peft import (
 )
 
 from tests.conftest import TinyModels
-from tests.parity.cases import ONE_IS_ENOUGH, PLAIN_LINEARS, WITH_HEAD, Case, by_family, embedding, linears, two_linears
+from tests.parity.cases import FAMILIES, ONE_IS_ENOUGH, PLAIN_LINEARS, Case, by_family, embedding, linears, two_linears
 from tests.parity.equality import check_case
 
 # PEFT warns of what it decides by itself: projections that are drawn again, weights that are stored transposed.
@@ -107,7 +107,7 @@ CASES = (
         PLAIN_LINEARS,
         kept=(".bias",),
     ),
-    Case("hra-head", lambda _: HRAConfig(r=3, target_modules=["lm_head", "q_proj"], **COMMON), WITH_HEAD),
+    Case("hra-head", lambda _: HRAConfig(r=3, target_modules=["lm_head", "q_proj"], **COMMON), FAMILIES),
     Case(
         "hra-orthonormal",
         lambda family: HRAConfig(r=4, target_modules=["v_proj", "down_proj"], apply_GS=True, **COMMON),

@@ -11,7 +11,7 @@ from peft.tuners.boft import layer as boft_layer
 from torch import Tensor
 
 from tests.conftest import TinyModels
-from tests.parity.cases import ONE_IS_ENOUGH, PLAIN_LINEARS, WITH_HEAD, Case, by_family, linears, two_linears
+from tests.parity.cases import FAMILIES, ONE_IS_ENOUGH, PLAIN_LINEARS, Case, by_family, linears, two_linears
 from tests.parity.equality import check_case
 
 # PEFT warns of what it decides by itself: projections that are drawn again, weights that are stored transposed.
@@ -54,10 +54,10 @@ CASES = (
     Case(
         "road-head",
         lambda _: RoadConfig(group_size=32, target_modules=["lm_head", "q_proj"], **COMMON),
-        WITH_HEAD,
+        FAMILIES,
         kept=("road_alpha",),
     ),
-    Case("oft-head", lambda _: OFTConfig(oft_block_size=8, target_modules=["lm_head", "q_proj"], **COMMON), WITH_HEAD),
+    Case("oft-head", lambda _: OFTConfig(oft_block_size=8, target_modules=["lm_head", "q_proj"], **COMMON), FAMILIES),
     *(
         Case(
             variant,
