@@ -185,7 +185,8 @@ class SideEdit:
 
 @dataclass(slots=True)
 class InterventionEdit:
-    """``y + (act(y @ source.T + source_bias) - y @ project.T) @ project`` at a layer's output, for the first ``positions`` tokens of a sequence.
+    """``y + (act(y @ source.T + source_bias) - y @ project.T) @ project`` at a layer's output, for the first ``positions`` tokens of a
+    sequence; virtual tokens are not among them.
 
     ``source (rank, hidden)``, ``source_bias (rank,)``, ``project (rank, hidden)``; without ``subtracts`` the projection is not subtracted.
     The site is the layer.

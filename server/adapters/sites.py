@@ -6,6 +6,7 @@ A site with nothing to do in a step is one attribute read away from the module t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,29 +26,41 @@ Replaced = tuple[int, int, Tensor]
 
 
 class SiteState:
-    """What all sites of one model share: the bank, and of the step that is being run the edits (None: none) and the tokens' positions.
+    """What all sites of one model share: the bank, and of the step that is being run the edits (None: none).
 
     ``streams`` holds what one site of a layer keeps for another: a norm's input, a sub-layer's output. ``side`` holds what is added after
     a linear: (first row, end, values). ``virtual`` are the step's virtual tokens by the site whose output they stand for.
+    ``token_indices`` tells of every row which of its sequence's real tokens it is, negative for virtual ones.
     """
 
-    __slots__ = ("bank", "edits", "head_edits", "positions", "side", "streams", "virtual")
+    __slots__ = ("_early", "bank", "edits", "head_edits", "side", "streams", "token_indices", "virtual")
 
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
         self.edits: StepEdits | None = None
         self.head_edits: StepEdits | None = None
-        self.positions: Tensor | None = None
+        self.token_indices: Callable[[], list[int]] = list
         self.streams: dict[str, Tensor] = {}
         self.side: dict[str, list[tuple[int, int, Tensor]]] = {}
         self.virtual: dict[str, list[Replaced]] = {}
+        self._early: dict[tuple[int, int, int], Tensor | None] = {}
+
+    def early_rows(self, start: int, end: int, count: int) -> Tensor | None:
+        """Those of rows ``[start, end)`` that are among the first ``count`` real tokens of their sequences; None when there are none."""
+        key = (start, end, count)
+        if key not in self._early:
+            rows = [row for row, index in enumerate(self.token_indices()[start:end], start) if 0 <= index < count]
+            self._early[key] = torch.tensor(rows, device=self.bank.rows.device) if rows else None
+        return self._early[key]
 
     def unbind(self) -> None:
         """Forget the step."""
-        self.edits = self.head_edits = self.positions = None
+        self.edits = self.head_edits = None
+        self.token_indices = list
         self.streams.clear()
         self.side.clear()
         self.virtual.clear()
+        self._early.clear()
 
 
 class Site(nn.Module):
@@ -236,27 +249,25 @@ class NormSite(Site):
 
 
 class LayerSite(Site):
-    """A whole layer: interventions on its output, at the first positions of a sequence."""
+    """A whole layer: interventions on its output, at the first tokens of a sequence."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.inner(*args, **kwargs)
         edits = self.state.edits
-        if edits is not None:
+        if edits is not None and (here := edits.extras(self.spec.name, "intervention.")):
             hidden = output[0] if isinstance(output, tuple) else output
-            for start, end, found in edits.extras(self.spec.name, "intervention."):
-                self._intervene(hidden.view(-1, hidden.shape[-1])[start:end], start, end, found)
+            for start, end, found in here:
+                rows = self.state.early_rows(start, end, found["positions"])
+                if rows is not None:
+                    self._intervene(hidden.view(-1, hidden.shape[-1]), rows, found)
         return output
 
-    def _intervene(self, rows: Tensor, start: int, end: int, found: dict[str, Any]) -> None:
-        assert self.state.positions is not None
-        early = self.state.positions[start:end] < found["positions"]
-        if not bool(early.any()):
-            return
-        y = rows[early]
+    def _intervene(self, hidden: Tensor, rows: Tensor, found: dict[str, Any]) -> None:
+        y = hidden.index_select(0, rows)
         inner = ACTIVATIONS[found["activation"]](F.linear(y, found["source"], found.get("source_bias")))
         if found["subtracts"]:
             inner = inner - F.linear(y, found["project"])
-        rows[early] = y + inner @ found["project"]
+        hidden.index_add_(0, rows, inner @ found["project"])
 
 
 class EmbeddingSite(Site):

@@ -1,18 +1,18 @@
-"""Packing a schedule into the tensors of one ragged batch ``[1, T]``. Knows sequences and shapes, no model and no edits.
+"""Packing scheduled tokens into the tensors of one ragged batch ``[1, T]``. Knows sequences and shapes, no model and no edits.
 
 Rows are ordered decodes first (by slot), then longer pieces: rows of one slot lie together, and so do the single-token rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from server.engine.block_manager import NULL_BLOCK
-from server.engine.scheduler import Schedule, Scheduled
+from server.engine.scheduler import Scheduled
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +75,17 @@ class Batch:
     sample_slots: tuple[tuple[int, int, int], ...]
     sample_rows: Tensor
     item_samples: tuple[int, ...]
-    new_blocks: Tensor
     copies: tuple[PrefixCopy, ...]
     virtual_rows: tuple[VirtualRows, ...]
 
+    def token_indices(self) -> list[int]:
+        """Which of its sequence's real tokens each row is; negative for virtual tokens."""
+        return [index - item.sequence.num_prologue for item in self.items for index in range(item.start, item.start + item.count)]
 
-def pack(schedule: Schedule, block_size: int, device: torch.device) -> Batch:
-    """Lay a schedule's tokens side by side."""
-    items = sorted(schedule.items, key=lambda item: (item.count > 1, item.sequence.slot, item.sequence.order))
+
+def pack(scheduled: Sequence[Scheduled], block_size: int, device: torch.device) -> Batch:
+    """Lay the tokens of a step, or of a part of it, side by side."""
+    items = sorted(scheduled, key=lambda item: (item.count > 1, item.sequence.slot, item.sequence.order))
     input_ids: list[int] = []
     positions: list[int] = []
     kv_slots: list[int] = []
@@ -133,7 +136,6 @@ def pack(schedule: Schedule, block_size: int, device: torch.device) -> Batch:
         sample_slots=_merge(sample_runs),
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
         item_samples=tuple(item_samples),
-        new_blocks=torch.tensor(schedule.new_blocks, dtype=torch.int64, device=device),
         copies=tuple(copies),
         virtual_rows=tuple(virtual_rows),
     )

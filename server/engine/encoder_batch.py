@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from server.adapters.packed import PrologueLayout
 from server.engine.sequence import Sequence
+
+
+class Whole(NamedTuple):
+    """A sequence to be run, and what its program starts it with."""
+
+    sequence: Sequence
+    prologue: PrologueLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +61,18 @@ class EncoderBatch:
     groups: tuple[Group, ...]
     token_slots: tuple[tuple[int, int, int], ...]
 
+    def token_indices(self) -> list[int]:
+        """Which of its sequence's real tokens each row is; negative for virtual tokens."""
+        found: list[int] = []
+        for span in self.spans:
+            before, count = span.virtual - span.start, span.end - span.start - span.num_virtual
+            found += [*range(before), *[-1] * span.num_virtual, *range(before, count)]
+        return found
 
-def pack_whole(sequences: Many[tuple[Sequence, PrologueLayout]], position_offset: int, device: torch.device) -> EncoderBatch:
+
+def pack_whole(sequences: Many[Whole], position_offset: int, device: torch.device) -> EncoderBatch:
     """Lay sequences side by side: those of one program together, and among them those of one length."""
-    ordered = sorted(sequences, key=lambda item: (item[0].slot, item[0].num_tokens, item[0].order))
+    ordered = sorted(sequences, key=lambda item: (item.sequence.slot, item.sequence.num_tokens, item.sequence.order))
     input_ids: list[int] = []
     positions: list[int] = []
     spans: list[Span] = []

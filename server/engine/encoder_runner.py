@@ -50,7 +50,7 @@ class EncoderRunner:
         self._attention.batch = batch
         self._attention.kv = {item.slot: item.extras["prologue.kv"] for item in residents if item.prologue.num_kv}
         self._sites.edits = self._edits.get(batch.token_slots)
-        self._sites.positions = batch.positions - self._base.spec.position_offset
+        self._sites.token_indices = batch.token_indices
         self._sites.virtual = self._virtual_tokens(batch)
         try:
             yield

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
@@ -13,44 +11,35 @@ from server.adapters.kernels import Kernel
 from server.engine.batch import Batch, pack
 from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import KVCache
-from server.engine.lifecycle import NON_FINITE, Lifecycle, load_kernel
-from server.engine.model import DTYPES, BaseModel, load_base
+from server.engine.lifecycle import NON_FINITE, Lifecycle
+from server.engine.model import DTYPES, BaseModel
 from server.engine.pooling import Pooled
 from server.engine.runner import Runner, StepResult
 from server.engine.sampler import log_probabilities, sample
-from server.engine.scheduler import Schedule, Scheduled, Scheduler
+from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.settings import EngineSettings
-from server.engine.types import (
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    RequestError,
-    RequestOutput,
-    Task,
-    TokenLogprob,
-)
-
-log = logging.getLogger(__name__)
+from server.engine.types import EngineStats, FinishReason, RequestOutput, TokenLogprob
 
 
-class Engine(Lifecycle):
-    """The engine of decoders. Owns the device: base model, K/V blocks and bank. ``wake`` is called from another thread when a load ends.
-
-    ``kernel`` forces one low-rank kernel, for tests that compare the fast ones with the reference.
-    """
+class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
+    """The engine of decoders: K/V blocks and a scheduler over them."""
 
     def __init__(
         self, settings: EngineSettings, *, wake: Callable[[], None] = lambda: None, kernel: Kernel | None = None
     ) -> None:
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        base = load_base(Path(settings.model_dir), settings.base_digest, settings.dtype, settings.device)
-        super().__init__(settings, base, wake)
-        num_blocks = _num_blocks(settings, base)
+        super().__init__(settings, wake=wake, kernel=kernel)
+        base = self._base
+        num_blocks = _num_blocks(settings, base, self.info.max_model_len)
         capacity = (num_blocks - 1) * settings.block_size
+        self.info = replace(
+            self.info,
+            max_model_len=min(self.info.max_model_len, capacity),
+            block_size=settings.block_size,
+            num_blocks=num_blocks,
+        )
         self.blocks = BlockManager(num_blocks, settings.block_size, prefix_caching=settings.prefix_caching)
-        cache = KVCache(
+        self._cache = KVCache(
             num_layers=base.num_layers,
             num_blocks=num_blocks,
             block_size=settings.block_size,
@@ -66,58 +55,24 @@ class Engine(Lifecycle):
             pin=self._programs.pin,
             unpin=self._programs.unpin,
         )
-        self.info = EngineInfo(
-            model_name=settings.model_name,
-            base_digest=settings.base_digest,
-            dtype=settings.dtype,
-            max_model_len=min(settings.max_model_len or base.max_positions, base.max_positions, capacity),
-            vocab_size=base.spec.vocab_size,
-            eos_token_ids=base.eos_token_ids,
-            block_size=settings.block_size,
-            num_blocks=num_blocks,
-            base_spec=base.spec.to_json(),
-            tasks=(Task.GENERATE, Task.CLASSIFY, *((Task.EMBED,) if base.embedding else ())),
-        )
-        self._runner = Runner(base, cache, self.bank, kernel=load_kernel(settings, kernel))
+        self._runner = Runner(base, self._cache, self.bank, kernel=self._kernel)
 
     @property
     def has_runnable(self) -> bool:
         """Whether ``step`` has something to do now. Sequences that only wait for a program do not count: ``wake`` tells of those."""
         return bool(self._outputs or self.scheduler.running) or (self.scheduler.has_work and not self.loader.is_loading)
 
-    def step(self) -> list[RequestOutput]:
-        """Schedule, run, sample. Returns what became of requests since the last step."""
-        self._receive_loads()
-        schedule = self.scheduler.schedule()
-        if schedule.items:
-            started = time.monotonic()
-            batch = pack(schedule, self.blocks.block_size, self._device)
-            self._run(schedule, batch)
-            adapters = len({slot for slot, _, _ in batch.token_slots if slot})
-            self._last_step = (time.monotonic() - started, len(batch.items), adapters)
-            self._counters["steps"] += 1
-        outputs, self._outputs = self._outputs, []
-        return outputs
-
     def stats(self) -> EngineStats:
         """A snapshot between two steps."""
-        return EngineStats(
+        common = super().stats()
+        return replace(
+            common,
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
-            waiting_for_adapter=self._programs.num_waiting,
             kv_blocks_total=self.blocks.num_usable,
             kv_blocks_used=self.blocks.num_used,
             kv_blocks_cached=self.blocks.num_cached,
-            bank_bytes_total=self.bank.capacity_bytes,
-            bank_bytes_used=self.bank.used_bytes,
-            host_bytes_used=self.loader.used_bytes,
-            slots_total=self.bank.max_slots,
-            slots_used=self.bank.num_slots_used,
-            slots_pinned=self.bank.num_slots_pinned,
-            counters={**self._counters, "preemptions": self.scheduler.num_preemptions},
-            last_step_seconds=self._last_step[0],
-            last_step_rows=self._last_step[1],
-            last_step_adapters=self._last_step[2],
+            counters={**common.counters, "preemptions": self.scheduler.num_preemptions},
         )
 
     def _enqueue(self, sequence: Sequence) -> None:
@@ -129,33 +84,17 @@ class Engine(Lifecycle):
     def _taken(self, sequence: Sequence) -> int:
         return sequence.num_prologue
 
-    def _is_running(self, sequence: Sequence) -> bool:
-        return sequence in self.scheduler.running
+    def _choose(self) -> list[Scheduled]:
+        schedule = self.scheduler.schedule()
+        self._cache.zero(schedule.new_blocks)
+        return schedule.items
 
-    def _run(self, schedule: Schedule, batch: Batch) -> None:
-        try:
-            result = self._runner.run(batch)
-        except (RuntimeError, MemoryError, ValueError, TypeError, IndexError) as error:
-            self._run_apart(schedule, error)
-            return
-        self._finish_step(batch, result)
+    def _compute(self, work: list[Scheduled]) -> tuple[Batch, StepResult]:
+        batch = pack(work, self.blocks.block_size, self._device)
+        return batch, self._runner.run(batch)
 
-    def _run_apart(self, schedule: Schedule, error: BaseException) -> None:
-        """A step raised: run its items one by one, so that only those that raise alone fail."""
-        log.exception("a step of %d sequences failed", len(schedule.items), exc_info=error)
-        new_blocks = schedule.new_blocks
-        for item in schedule.items:
-            batch = pack(Schedule([item], new_blocks), self.blocks.block_size, self._device)
-            new_blocks = []
-            try:
-                result = self._runner.run(batch)
-            except (RuntimeError, MemoryError, ValueError, TypeError, IndexError):
-                log.exception("request %s failed alone", item.sequence.request.request_id)
-                self._fail_row(item.sequence, RequestError("internal_error", "the engine failed on this request"))
-                continue
-            self._finish_step(batch, result)
-
-    def _finish_step(self, batch: Batch, result: StepResult) -> None:
+    def _finish(self, computed: tuple[Batch, StepResult]) -> None:
+        batch, result = computed
         sampled: list[tuple[Sequence, int]] = []
         row = 0
         for item, samples, finite, pooled in zip(batch.items, batch.item_samples, result.finite, result.pooled, strict=True):
@@ -232,11 +171,10 @@ class Engine(Lifecycle):
             self._end(sequence, output)
 
 
-def _num_blocks(settings: EngineSettings, base: BaseModel) -> int:
+def _num_blocks(settings: EngineSettings, base: BaseModel, longest: int) -> int:
     """Blocks that the K/V budget buys, the null block included, and no more than could ever be used."""
     size = KVCache.block_bytes(base.num_layers, settings.block_size, base.kv_heads, base.head_dim, DTYPES[settings.dtype])
     affordable = settings.kv_cache_bytes // size
-    longest = min(settings.max_model_len or base.max_positions, base.max_positions)
     useful = settings.max_running * -(-longest // settings.block_size) + 1
     if affordable < 2:
         raise ValueError(f"kv_cache_bytes={settings.kv_cache_bytes} holds {affordable} blocks of {size} bytes; 2 are the minimum")

@@ -1,17 +1,22 @@
 """Sequences that wait for their turn, in order within a tenant, and the least served tenant first. Standard library only.
 
-The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", for sequences that run whole.
+The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models": input costs 1, output 2, and idleness earns no
+credit.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Iterator
 
 from server.engine.sequence import Sequence
 
+INPUT_PRICE = 1
+OUTPUT_PRICE = 2
+
 
 class FairQueue:
-    """One queue a tenant. What a tenant has been served is counted in tokens; idleness earns no credit."""
+    """One queue a tenant, and what each tenant has been served."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[Sequence]] = {}
@@ -20,39 +25,46 @@ class FairQueue:
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._waiting.values())
 
-    def add(self, sequence: Sequence) -> None:
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._waiting.get(sequence.tenant, ())
+
+    def add(self, sequence: Sequence, running: Collection[Sequence] = ()) -> None:
+        """Queue a sequence. The tenants of ``running`` are active though they may not wait: one that was idle starts level with the least
+        served active one, and counters of tenants that went are forgotten."""
         tenant = sequence.tenant
         if tenant not in self._waiting:
-            # Level with the least served of those who wait; counters of tenants that went are forgotten.
-            level = min((self._served[name] for name in self._waiting), default=0)
-            self._served = {name: served for name, served in self._served.items() if name in self._waiting or name == tenant}
-            self._served[tenant] = max(self._served.get(tenant, 0), level) if self._waiting else 0
+            active = {item.tenant for item in running} | self._waiting.keys()
+            if tenant not in active:
+                level = min((self._served[name] for name in active if name in self._served), default=0)
+                self._served = {name: served for name, served in self._served.items() if name in active or name == tenant}
+                self._served[tenant] = max(self._served.get(tenant, 0), level) if active else 0
             self._waiting[tenant] = deque()
         self._waiting[tenant].append(sequence)
 
+    def put_back(self, sequence: Sequence) -> None:
+        """Queue a sequence that has run before, as its tenant's next one."""
+        self._waiting.setdefault(sequence.tenant, deque()).appendleft(sequence)
+
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out; one that is not queued has gone already."""
-        queue = self._waiting.get(sequence.tenant)
-        if queue is None or sequence not in queue:
-            return
+        """Take a queued sequence out."""
+        queue = self._waiting[sequence.tenant]
         queue.remove(sequence)
         if not queue:
             del self._waiting[sequence.tenant]
 
-    def candidates(self) -> list[Sequence]:
-        """All that wait, in the order of their turns: each one counts for its tenant before the next is looked for."""
+    def candidates(self) -> Iterator[Sequence]:
+        """All that wait, in the order of their turns: each one counts for its tenant before the next is looked for. They may be removed
+        and charged for meanwhile."""
         queues = {tenant: deque(queue) for tenant, queue in self._waiting.items()}
         served = {tenant: self._served[tenant] for tenant in queues}
-        ordered = []
         while queues:
             tenant = min(queues, key=lambda name: (served[name], queues[name][0].order))
             sequence = queues[tenant].popleft()
-            served[tenant] += sequence.num_tokens - sequence.num_prologue_kv
+            served[tenant] += sequence.num_rows * INPUT_PRICE
             if not queues[tenant]:
                 del queues[tenant]
-            ordered.append(sequence)
-        return ordered
+            yield sequence
 
-    def charge(self, sequence: Sequence) -> None:
-        """A sequence of the queue is being run."""
-        self._served[sequence.tenant] = self._served.get(sequence.tenant, 0) + sequence.num_tokens - sequence.num_prologue_kv
+    def charge(self, tenant: str, price: int) -> None:
+        """A tenant is being served."""
+        self._served[tenant] = self._served.get(tenant, 0) + price

@@ -35,10 +35,10 @@ class KVCache:
         """Bytes of one block over all layers."""
         return num_layers * 2 * kv_heads * block_size * head_dim * dtype.itemsize
 
-    def zero(self, blocks: Tensor) -> None:
+    def zero(self, blocks: list[int]) -> None:
         """Clear blocks before their first use: what a former holder left could be NaN, and 0 * NaN is NaN."""
-        if blocks.numel():
-            self._data.index_fill_(3, blocks, 0)
+        if blocks:
+            self._data.index_fill_(3, torch.tensor(blocks, device=self._data.device), 0)
 
     def write(self, layer: int, kv_slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store ``key``, ``value (kv_heads, T, head_dim)`` at ``kv_slots (T,)`` = block * block_size + offset."""

@@ -6,36 +6,67 @@ for the loader; nobody else does.
 
 from __future__ import annotations
 
+import logging
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from server.adapters.bank import Bank
 from server.adapters.kernels import Kernel, load_native
 from server.engine.loader import Loader
-from server.engine.model import DTYPES, BaseModel
+from server.engine.model import DTYPES, BaseModel, load_base
 from server.engine.pooling import Pooled, classification, embedding, pooled_rows
 from server.engine.programs import Programs
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, SequenceState
 from server.engine.settings import EngineSettings
-from server.engine.types import EngineInfo, FinishReason, ProgramEvent, Request, RequestError, RequestOutput, Task
+from server.engine.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    ProgramEvent,
+    Request,
+    RequestError,
+    RequestOutput,
+    Task,
+)
 
 NON_FINITE = RequestError("non_finite_output", "the computation overflowed for this request's adapter and prompt")
+_COMPUTE_ERRORS = (RuntimeError, MemoryError, ValueError, TypeError, IndexError)
+
+log = logging.getLogger(__name__)
 
 
-class Lifecycle(ABC):
-    """The bank, the programs and the requests of one engine. ``info`` is set by the engine that this becomes.
+class Work(Protocol):
+    """A sequence's part in a step."""
 
-    ``wake`` is called from another thread when a load ends.
+    @property
+    def sequence(self) -> Sequence: ...
+
+
+W = TypeVar("W", bound=Work)
+R = TypeVar("R")
+
+
+class Lifecycle(ABC, Generic[W, R]):
+    """Owns the device: the base model and the bank, the programs and the requests of one engine. A step runs work W, which gives an R.
+
+    ``wake`` is called from another thread when a load ends. ``kernel`` forces one low-rank kernel, for tests that compare the fast ones
+    with the reference.
     """
 
-    info: EngineInfo
-
-    def __init__(self, settings: EngineSettings, base: BaseModel, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: EngineSettings, *, wake: Callable[[], None] = lambda: None, kernel: Kernel | None = None
+    ) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
+        base = load_base(Path(settings.model_dir), settings.base_digest, settings.dtype, settings.device)
+        self.info = _describe(settings, base)
         self.bank = Bank(base.spec, capacity_bytes=settings.bank_bytes, max_slots=settings.max_slots, dtype=dtype, device=device)
         self.loader = Loader(host_bytes=settings.host_bytes, wake=wake)
         self._counters: Counter[str] = Counter()
@@ -44,8 +75,9 @@ class Lifecycle(ABC):
         self._outputs: list[RequestOutput] = []
         self._order = 0
         self._last_step = (0.0, 0, 0)
-        self._embedding = base.embedding
         self._device = device
+        self._base = base
+        self._kernel = _load_kernel(settings, kernel)
 
     @property
     def has_unfinished(self) -> bool:
@@ -69,6 +101,35 @@ class Lifecycle(ABC):
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence, RequestOutput(request_id, finish_reason=FinishReason.ABORT))
+
+    def step(self) -> list[RequestOutput]:
+        """Choose, run, answer. Returns what became of requests since the last step."""
+        self._receive_loads()
+        started = time.monotonic()
+        work = self._choose()
+        if work:
+            adapters = len({item.sequence.slot for item in work if item.sequence.slot})
+            self._run(work)
+            self._last_step = (time.monotonic() - started, len(work), adapters)
+            self._counters["steps"] += 1
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """A snapshot between two steps."""
+        return EngineStats(
+            waiting_for_adapter=self._programs.num_waiting,
+            bank_bytes_total=self.bank.capacity_bytes,
+            bank_bytes_used=self.bank.used_bytes,
+            host_bytes_used=self.loader.used_bytes,
+            slots_total=self.bank.max_slots,
+            slots_used=self.bank.num_slots_used,
+            slots_pinned=self.bank.num_slots_pinned,
+            counters=dict(self._counters),
+            last_step_seconds=self._last_step[0],
+            last_step_rows=self._last_step[1],
+            last_step_adapters=self._last_step[2],
+        )
 
     def drop_program(self, program_id: str) -> None:
         """Free a program's memory as soon as no sequence uses it."""
@@ -94,8 +155,16 @@ class Lifecycle(ABC):
         """How much of the model's length the sequence's program takes for itself."""
 
     @abstractmethod
-    def _is_running(self, sequence: Sequence) -> bool:
-        """Whether it holds its program already."""
+    def _choose(self) -> list[W]:
+        """The next step's work. Its sequences are running and hold their programs."""
+
+    @abstractmethod
+    def _compute(self, work: list[W]) -> R:
+        """Run work, or a part of a step's, on the device."""
+
+    @abstractmethod
+    def _finish(self, result: R) -> None:
+        """Answer what has been computed."""
 
     def _problem(self, request: Request) -> RequestError | None:
         """What the engine cannot run, checked here once more whatever the edge has checked."""
@@ -133,7 +202,7 @@ class Lifecycle(ABC):
         if sequence.generates:
             return ""
         is_vector = sequence.request.task is Task.EMBED
-        return self._embedding if is_vector and sequence.head_pooling in ("", "none") else sequence.head_pooling
+        return self._base.embedding if is_vector and sequence.head_pooling in ("", "none") else sequence.head_pooling
 
     def _misfit(self, sequence: Sequence) -> RequestError | None:
         if sequence.request.task is Task.CLASSIFY and not sequence.head_pooling:
@@ -153,8 +222,26 @@ class Lifecycle(ABC):
         if arrivals.failed:
             for sequence in list(self._sequences.values()):
                 problem = arrivals.failed.get(sequence.program.program_id)
-                if problem is not None and not self._is_running(sequence):
+                if problem is not None and sequence.state is not SequenceState.RUNNING:
                     self._end(sequence, failed(sequence.request.request_id, problem))
+
+    def _run(self, work: list[W]) -> None:
+        """Together; where that raises, one by one, so that only those that raise alone fail."""
+        try:
+            result = self._compute(work)
+        except _COMPUTE_ERRORS:
+            log.exception("a step of %d sequences failed", len(work))
+        else:
+            self._finish(result)
+            return
+        for item in work:
+            try:
+                result = self._compute([item])
+            except _COMPUTE_ERRORS:
+                log.exception("request %s failed alone", item.sequence.request.request_id)
+                self._fail_row(item.sequence, RequestError("internal_error", "the engine failed on this request"))
+            else:
+                self._finish(result)
 
     def _answer(self, sequence: Sequence, pooled: Pooled) -> None:
         """End a request that makes no token: all its rows have been pooled."""
@@ -185,7 +272,24 @@ def failed(request_id: str, error: RequestError | None) -> RequestOutput:
     return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error)
 
 
-def load_kernel(settings: EngineSettings, kernel: Kernel | None) -> Kernel | None:
+def _describe(settings: EngineSettings, base: BaseModel) -> EngineInfo:
+    """What is told of an engine without K/V."""
+    generates = not base.spec.is_encoder
+    return EngineInfo(
+        model_name=settings.model_name,
+        base_digest=settings.base_digest,
+        dtype=settings.dtype,
+        max_model_len=min(settings.max_model_len or base.max_positions, base.max_positions),
+        vocab_size=base.spec.vocab_size,
+        eos_token_ids=base.eos_token_ids if generates else (),
+        block_size=0,
+        num_blocks=0,
+        base_spec=base.spec.to_json(),
+        tasks=(*((Task.GENERATE,) if generates else ()), Task.CLASSIFY, *((Task.EMBED,) if base.embedding else ())),
+    )
+
+
+def _load_kernel(settings: EngineSettings, kernel: Kernel | None) -> Kernel | None:
     """The low-rank kernel: the one asked for, else a compiled one where that is possible."""
     if kernel is None and settings.kernel_dir:
         return load_native(Path(settings.kernel_dir), DTYPES[settings.dtype], torch.device(settings.device))

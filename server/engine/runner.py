@@ -49,8 +49,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
-        """One forward pass over the ragged batch."""
-        self._cache.zero(batch.new_blocks)
+        """One forward pass over the ragged batch. Blocks that are new to their sequences are zero."""
         for copy in batch.copies:
             prefix = self._bank.resident(copy.slot).extras["prologue.kv"]
             self._cache.copy(copy.kv_slots, prefix[:, :, :, copy.first : copy.end])
@@ -67,7 +66,7 @@ class Runner:
         if self._attention.batch is not None:
             raise RuntimeError("a step is already running on this model")
         self._attention.batch = batch
-        self._sites.positions = batch.positions
+        self._sites.token_indices = batch.token_indices
         self._sites.edits = self._edits.get(batch.token_slots)
         self._sites.head_edits = self._head_edits.get(batch.sample_slots)
         self._sites.virtual = self._virtual_tokens(batch)

@@ -1,22 +1,18 @@
 """Who runs in the next step, and with how many tokens. Policy only: standard library, no tensors.
 
 Continuous batching without phases: every running sequence gets the tokens it lacks, under one token budget; those that lack
-one token (decodes) come first, so that a long prompt never stalls them. Waiting sequences join by the virtual token counter of
-their tenant (Sheng et al., "Fairness in Serving Large Language Models": input 1, output 2). When blocks run out, the sequence
-that joined last gives all of its blocks back and is computed again later.
+one token (decodes) come first, so that a long prompt never stalls them. Waiting sequences join in the order of the fair queue. When
+blocks run out, the sequence that joined last gives all of its blocks back and is computed again later.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.engine.block_manager import BlockManager
+from server.engine.fair_queue import INPUT_PRICE, OUTPUT_PRICE, FairQueue
 from server.engine.sequence import Sequence, SequenceState
-
-INPUT_PRICE = 1
-OUTPUT_PRICE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +78,21 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._pin = pin
         self._unpin = unpin
-        self._waiting: dict[str, deque[Sequence]] = {}
-        self._served: dict[str, int] = {}
+        self._waiting = FairQueue()
         self.num_preemptions = 0
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(queue) for queue in self._waiting.values())
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self._waiting)
+        return bool(self.running) or len(self._waiting) > 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose program is at hand."""
-        tenant = sequence.tenant
-        if tenant not in self._waiting:
-            self._lift(tenant)
         sequence.state = SequenceState.WAITING
-        self._waiting.setdefault(tenant, deque()).append(sequence)
+        self._waiting.add(sequence, self.running)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back what it holds."""
@@ -108,7 +100,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._give_back(sequence)
         elif sequence.state is SequenceState.WAITING:
-            self._dequeue(sequence)
+            self._waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
 
     def schedule(self) -> Schedule:
@@ -147,12 +139,12 @@ class Scheduler:
         self._give_back(sequence)
         sequence.restart()
         sequence.state = SequenceState.WAITING
-        self._waiting.setdefault(sequence.tenant, deque()).appendleft(sequence)
+        self._waiting.put_back(sequence)
         schedule.preempted.append(sequence)
         self.num_preemptions += 1
 
     def _join(self, schedule: Schedule, budget: int) -> None:
-        for sequence in list(self._candidates()):
+        for sequence in self._waiting.candidates():
             if budget == 0 or len(self.running) >= self._max_running:
                 return
             cached = self._cached_blocks(sequence)
@@ -162,7 +154,7 @@ class Scheduler:
                 return
             if not self._pin(sequence):
                 continue
-            self._dequeue(sequence)
+            self._waiting.remove(sequence)
             self.blocks.share(cached)
             sequence.block_table = list(cached)
             sequence.num_registered = len(cached)
@@ -177,18 +169,6 @@ class Scheduler:
             schedule.items.append(Scheduled(sequence, sequence.num_computed, count))
             budget -= count
 
-    def _candidates(self) -> Iterator[Sequence]:
-        """Waiting sequences, the least served tenant first. Within a step a tenant's next one counts as served."""
-        queues = {tenant: deque(queue) for tenant, queue in self._waiting.items()}
-        served = {tenant: self._served[tenant] for tenant in queues}
-        while queues:
-            tenant = min(queues, key=lambda name: (served[name], queues[name][0].order))
-            sequence = queues[tenant].popleft()
-            served[tenant] += (sequence.num_tokens - sequence.num_prologue_kv) * INPUT_PRICE
-            if not queues[tenant]:
-                del queues[tenant]
-            yield sequence
-
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         hashes = sequence.full_block_hashes(self.blocks.block_size)
         return self.blocks.match(hashes[: sequence.num_shareable // self.blocks.block_size])
@@ -199,22 +179,7 @@ class Scheduler:
         fresh_input = max(0, min(end, sequence.num_prompt) - min(max(sequence.charged, item.start), sequence.num_prompt))
         price = fresh_input * INPUT_PRICE + (OUTPUT_PRICE if item.samples else 0)
         sequence.charged = max(sequence.charged, end)
-        self._served[sequence.tenant] = self._served.get(sequence.tenant, 0) + price
-
-    def _lift(self, tenant: str) -> None:
-        """A tenant that was idle starts level with the least served active one: idleness earns no credit."""
-        active = {sequence.tenant for sequence in self.running} | self._waiting.keys()
-        if tenant in active:
-            return
-        level = min((self._served[name] for name in active if name in self._served), default=0)
-        self._served = {name: served for name, served in self._served.items() if name in active or name == tenant}
-        self._served[tenant] = max(self._served.get(tenant, 0), level) if active else 0
-
-    def _dequeue(self, sequence: Sequence) -> None:
-        queue = self._waiting[sequence.tenant]
-        queue.remove(sequence)
-        if not queue:
-            del self._waiting[sequence.tenant]
+        self._waiting.charge(sequence.tenant, price)
 
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)

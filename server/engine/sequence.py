@@ -93,6 +93,11 @@ class Sequence:
         return self.num_prologue + len(self.token_ids)
 
     @property
+    def num_rows(self) -> int:
+        """How many of them are computed, rather than copied, when none is shared."""
+        return self.num_tokens - self.num_prologue_kv
+
+    @property
     def num_prompt(self) -> int:
         """The kv index after the prompt."""
         return self.num_prologue + len(self.request.prompt_token_ids)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from medley_client import ApiError, AsyncMedley, CannotConnect, Medley, MedleyError
+from medley_client import ApiError, AsyncMedley, CannotConnect, Medley, MedleyError, cli
 from medley_client.cli import main
 from medley_client.convert import convert
 from medley_client.upload import find_files
@@ -292,3 +292,9 @@ def test_convert_runs_no_code(tmp_path: Path) -> None:
         convert(tmp_path)
     with pytest.raises(MedleyError, match="has none of"):
         convert(tmp_path / "nowhere")
+
+
+def test_what_others_wrote_does_not_steer_the_terminal() -> None:
+    assert cli._printable("a\x1b[31m\x9b2J\tb\r\nüß") == "a\ufffd[31m\ufffd2J\tb\ufffd\nüß"
+    assert cli._some(["a", "b"]) == "a, b"
+    assert cli._some(["x"] * 20).endswith("(20 in all)")

@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         err.print(f"medley: {error}", markup=False)
         return UNREACHABLE
     except ApiError as error:
-        err.print(f"medley: {error.message}", markup=False)
+        err.print(_printable(f"medley: {error.message}"), markup=False)
         for fault in error.faults:
             compared = f" (expected {fault.expected}, found {fault.found})" if fault.expected else ""
-            err.print(f"  - {fault.where}: {fault.message}{compared}", markup=False)
+            err.print(_printable(f"  - {fault.where}: {fault.message}{compared}"), markup=False)
         if error.request_id:
             err.print(f"  request id: {error.request_id}", markup=False)
         return FAILED
@@ -144,7 +144,7 @@ def _push(arguments: argparse.Namespace) -> int:
     if notes := _notes(facts):
         out.print(notes)
     if pushed.skipped:
-        err.print(f"not needed, left out: {', '.join(pushed.skipped)}", markup=False)
+        err.print(_printable(f"not needed, left out: {', '.join(pushed.skipped)}"), markup=False)
     return 0
 
 
@@ -206,7 +206,8 @@ def _generate(arguments: argparse.Namespace) -> int:
             count += 1
             text = token.generated_text or text
             if not arguments.json and not token.special:
-                sys.stdout.write(token.text)
+                # A pipe gets what the model said as it is.
+                sys.stdout.write(_printable(token.text) if sys.stdout.isatty() else token.text)
                 sys.stdout.flush()
     seconds = time.monotonic() - started
     if arguments.json:
@@ -270,12 +271,24 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
         ("digest", adapter.digest),
         ("method", f"{facts.get('method')}, rank {facts.get('rank')}"),
         *([("notes", notes)] if (notes := _notes(facts)) else []),
-        ("modules", ", ".join(facts.get("modules", []))),
+        *([("modules", modules)] if (modules := ", ".join(facts.get("modules", []))) else []),
+        *([("labels", labels)] if (labels := _some(facts.get("labels", []))) else []),
+        *([("virtual", f"{count} tokens in front of every prompt")] if (count := facts.get("virtual_tokens")) else []),
         ("size", f"{_size(adapter.nbytes)} stored, {_size(facts.get('program_bytes', 0))} on the device"),
         ("created", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(adapter.created))),
         ("versions", versions),
         ("residency", resident),
     ]
+
+
+def _printable(text: str) -> str:
+    """What files and models say must not steer the terminal."""
+    return "".join(char if char in "\n\t" or ord(char) >= 160 or 32 <= ord(char) < 127 else "\ufffd" for char in text)
+
+
+def _some(names: list[str], limit: int = 12) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _notes(facts: dict[str, Any]) -> str:

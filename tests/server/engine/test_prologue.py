@@ -224,7 +224,7 @@ def test_tenants_pay_for_what_is_computed(tiny_models: TinyModels, tmp_path: Pat
         time.sleep(0.001)
         engine._receive_loads()
     engine.step()
-    assert engine.scheduler._served == {"kv-20": 10 + 2, "tokens-20": 30 + 2}
+    assert engine.scheduler._waiting._served == {"kv-20": 10 + 2, "tokens-20": 30 + 2}
     engine.close()
 
 

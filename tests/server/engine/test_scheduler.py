@@ -146,7 +146,8 @@ def test_backlogged_tenants_are_served_within_the_fair_bound(lengths: list[tuple
     bound = 2 * max(INPUT_PRICE * longest, OUTPUT_PRICE * max_running * max(tokens for _, tokens in lengths))
     for _ in range(60):
         world.step()
-        backlogged = [served for tenant, served in world.scheduler._served.items() if tenant in world.scheduler._waiting]
+        queue = world.scheduler._waiting
+        backlogged = [served for tenant, served in queue._served.items() if tenant in queue._waiting]
         if len(backlogged) > 1:
             assert max(backlogged) - min(backlogged) <= bound
 
@@ -179,4 +180,4 @@ def test_idle_tenants_earn_no_credit() -> None:
     for _ in range(30):
         world.step()
     world.scheduler.add(make("late", 10, 4, "late", 99))
-    assert world.scheduler._served["late"] == world.scheduler._served["busy"]
+    assert world.scheduler._waiting._served["late"] == world.scheduler._waiting._served["busy"]
