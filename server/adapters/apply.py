@@ -117,7 +117,7 @@ class StepEdits:
         self.bank = bank
         self.runs = [(bank.resident(slot), start, end) for slot, start, end in runs if slot]
         self.num_rows = max((end for _, _, end in runs), default=0)
-        self.has_bottlenecks = any(resident.has_bottlenecks for resident, _, _ in self.runs)
+        self.kinds = frozenset[str]().union(*(resident.kinds for resident, _, _ in self.runs))
         self._kernel = kernel
         self._long_run = LONG_RUN if kernel is None else LONG_RUN_NATIVE
         self._made: dict[str, Any] = {}
@@ -132,9 +132,9 @@ class StepEdits:
         """The runs that have edits at a site."""
         return [(resident, start, end, resident.layouts[site]) for resident, start, end in self.runs if site in resident.layouts]
 
-    def extras(self, site: str, prefix: str) -> list[tuple[int, int, dict[str, Any]]]:
-        """Runs with loose tensors at a site: (start, end, {field: tensor or flag}) of those fields that begin with ``prefix``."""
-        return self.once(f"{site} {prefix}", lambda: list(self._extras(site, prefix)))
+    def extras(self, site: str, kind: str) -> list[tuple[int, int, dict[str, Any]]]:
+        """Runs with edits of a kind that is kept in loose tensors: (start, end, {field: tensor or flag})."""
+        return self.once(f"{site} {kind}", lambda: list(self._extras(site, f"{kind}."))) if kind in self.kinds else []
 
     def _extras(self, site: str, prefix: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         for resident, start, end, layout in self.at(site):

@@ -20,7 +20,8 @@ from server.adapters.packed import PackedProgram, PrologueLayout, SiteLayout, Ta
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A program in the bank. ``serial`` is never used twice, unlike ``slot``."""
+    """A program in the bank. ``serial`` is never used twice, unlike ``slot``. ``kinds`` are its edits' beside those of linears: ``norm``,
+    ``bottleneck``, …; what a step has none of costs it nothing."""
 
     program_id: str
     slot: int
@@ -35,7 +36,7 @@ class Resident:
     num_rows: int
     num_vectors: int
     nbytes: int
-    has_bottlenecks: bool = False
+    kinds: frozenset[str]
 
 
 class Bank:
@@ -150,7 +151,7 @@ class Bank:
             num_rows=program.rows.numel(),
             num_vectors=program.vectors.numel(),
             nbytes=program.nbytes,
-            has_bottlenecks=any(layout.bottlenecks for layout in program.layouts.values()),
+            kinds=frozenset(kind for layout in program.layouts.values() for kind in layout.kinds),
         )
         self._by_id[program.program_id] = resident
         self._by_slot[resident.slot] = resident

@@ -263,8 +263,8 @@ class Program:
 
     ``edits`` maps a site name to its edits (the head may hold a LinearEdit and a HeadEdit).
     ``invocation_tokens``: when not empty, the program acts only from the start of the last occurrence of these tokens in
-    the prompt; before it, and everywhere when they do not occur, the row is the base model. ``notes`` are facts for people, such as the
-    error of an approximation that its owner asked for.
+    the prompt; before it, and everywhere when they do not occur, the row is the base model. Such a program has no prologue. ``notes``
+    are facts for people, such as the error of an approximation that its owner asked for.
     """
 
     edits: dict[str, list[Edit]] = field(default_factory=dict)

@@ -81,7 +81,7 @@ def _lower(job: Job, base: Base, max_bytes: int) -> tuple[Program, dict[str, Any
     method = method_of(checkpoint)
     everything = [checkpoint, *([checkpoint.head] if checkpoint.head else []), *checkpoint.children.values()]
     parameters = sum(tensor.numel() for part in everything for tensor in part.tensors.values())
-    return program, {"method": method.name, "library": checkpoint.library, "parameters": parameters, **_facts(program)}
+    return program, {"method": method.name, "library": checkpoint.library, "parameters": parameters, **_facts(program, base)}
 
 
 def _compose(job: Compose, base: Base, max_bytes: int) -> tuple[Program, dict[str, Any]]:
@@ -91,10 +91,10 @@ def _compose(job: Compose, base: Base, max_bytes: int) -> tuple[Program, dict[st
         parts.append(Part(drop_layers(program, base.spec, job.drop), part.weight))
     composed = compose(parts, base, max_bytes=max_bytes)
     shown = [{"digest": part.digest, "weight": part.weight} for part in job.parts]
-    return composed, {"method": "composite", "parts": shown, "adapter_drop": job.drop, **_facts(composed)}
+    return composed, {"method": "composite", "parts": shown, "adapter_drop": job.drop, **_facts(composed, base)}
 
 
-def _facts(program: Program) -> dict[str, Any]:
+def _facts(program: Program, base: Base) -> dict[str, Any]:
     """What users want to know of a program."""
     ranks = sorted(
         {
@@ -111,6 +111,8 @@ def _facts(program: Program) -> dict[str, Any]:
         "modules": sorted({site.rpartition(".")[2] for site in program.edits}),
         "program_bytes": program.nbytes,
         "virtual_tokens": len(program.prologue),
+        # An encoder has no K/V to fill: only positions run out, and not every prologue takes any.
+        "room_taken": len(program.prologue) if program.prologue.shifts or not base.spec.is_encoder else 0,
         "labels": list(program.head.labels) if program.head is not None else [],
         "pooling": program.head.pooling if program.head is not None else None,
         **({"notes": program.notes} if program.notes else {}),

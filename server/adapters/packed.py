@@ -73,6 +73,12 @@ class SiteLayout:
     extras: dict[str, str] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of edits here, a linear's aside: ``bottleneck``, and the prefixes of extras (``norm``, ``side``, …)."""
+        found = {name.partition(".")[0] for name in self.extras if "." in name}
+        return found | ({"bottleneck"} if self.bottlenecks else set())
+
 
 @dataclass(frozen=True, slots=True)
 class PrologueLayout:

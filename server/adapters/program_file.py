@@ -18,7 +18,12 @@ _METADATA_KEY = "medley"
 
 
 def write_program(path: Path, program: Program, *, program_id: str, facts: dict[str, Any]) -> None:
-    """Write a program file: into a neighbour first, then renamed, so that a reader sees all of it or nothing."""
+    """Write a program file: into a neighbour first, then renamed, so that a reader sees all of it or nothing.
+
+    Raises ValueError for a program that no engine could run: one that starts with something and acts only later.
+    """
+    if program.invocation_tokens and len(program.prologue):
+        raise ValueError(f"program {program_id} has a prologue and acts only from tokens of the prompt on")
     packed = pack_program(program, program_id=program_id, facts=facts)
     metadata = {
         name: _plain(getattr(packed, name))

@@ -81,13 +81,11 @@ class Site(nn.Module):
 
     def sublayer_work(self, edits: StepEdits) -> SublayerWork | None:
         """The bottlenecks of a step at this site."""
-        if not edits.has_bottlenecks or not self.ends_sublayer:
-            return None
-        return sublayer_work(edits, self.spec.name, self.spec.out_features)
+        return sublayer_work(edits, self.spec.name, self.spec.out_features) if self.ends_sublayer else None
 
-    def keep(self, stream: Tensor, edits: StepEdits) -> None:
+    def keep(self, stream: Tensor) -> None:
         """Leave a stream for the site that ends the sub-layer."""
-        if edits.has_bottlenecks and self.sublayer is not None and not self.ends_sublayer:
+        if self.sublayer is not None and not self.ends_sublayer:
             self.state.streams[self.spec.name] = stream.reshape(-1, stream.shape[-1])
 
     def __getattr__(self, name: str) -> Any:
@@ -98,8 +96,9 @@ class Site(nn.Module):
 
     def put_virtual(self, y: Tensor) -> None:
         """Virtual tokens take the place of their rows of the output ``(…, T, hidden)``, as they are: no scale and no norm applies."""
-        for start, end, rows in self.state.virtual.get(self.spec.name, ()):
-            y[..., start:end, :] = rows
+        if self.state.virtual:
+            for start, end, rows in self.state.virtual.get(self.spec.name, ()):
+                y[..., start:end, :] = rows
 
 
 class LinearSite(Site):
@@ -112,9 +111,12 @@ class LinearSite(Site):
         y = self.edited(x, edits)
         if self.sublayer is None:
             return y
-        for start, end, values in self.state.side.pop(self.spec.name, ()):
-            y.view(-1, y.shape[-1])[start:end] += values
-        self.keep(y, edits)
+        if self.state.side:
+            for start, end, values in self.state.side.pop(self.spec.name, ()):
+                y.view(-1, y.shape[-1])[start:end] += values
+        if "bottleneck" not in edits.kinds:
+            return y
+        self.keep(y)
         work = self.sublayer_work(edits)
         return y if work is None else self._joined(y, work)
 
@@ -167,7 +169,7 @@ class HeadSite(LinearSite):
 
     def base(self, x: Tensor, edits: StepEdits) -> Tensor:
         y: Tensor = self.inner(x)
-        for start, end, found in edits.extras(self.spec.name, "head."):
+        for start, end, found in edits.extras(self.spec.name, "head"):
             if "weight" in found:
                 y[start:end] = F.linear(x[start:end], found["weight"], found.get("bias"))
             if "rows" in found:
@@ -191,14 +193,16 @@ class NormSite(Site):
         edits = self.state.edits
         if edits is None:
             return self.inner(x)  # type: ignore[no-any-return]
-        self.keep(x, edits)
+        if "bottleneck" not in edits.kinds:
+            return self._normed(x, edits)
+        self.keep(x)
         work = self.sublayer_work(edits)
         return self._normed(x, edits) if work is None else self._joined(x, edits, work)
 
     def _normed(self, x: Tensor, edits: StepEdits) -> Tensor:
         """``x (1, T, …, width)``, or ``(T, width)`` in families that flatten; between T and the width there may be heads."""
         y: Tensor = self.inner(x)
-        runs = edits.extras(self.spec.name, "norm.")
+        runs = edits.extras(self.spec.name, "norm")
         if runs:
             given, made = (x, y) if x.dim() == 2 else (x[0], y[0])
             for start, end, found in runs:
@@ -254,7 +258,7 @@ class LayerSite(Site):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.inner(*args, **kwargs)
         edits = self.state.edits
-        if edits is not None and (here := edits.extras(self.spec.name, "intervention.")):
+        if edits is not None and (here := edits.extras(self.spec.name, "intervention")):
             hidden = output[0] if isinstance(output, tuple) else output
             for start, end, found in here:
                 rows = self.state.early_rows(start, end, found["positions"])
@@ -278,7 +282,7 @@ class EmbeddingSite(Site):
         edits = self.state.edits
         if edits is None:
             return y  # type: ignore[no-any-return]
-        for start, end, found in edits.extras(self.spec.name, "embed."):
+        for start, end, found in edits.extras(self.spec.name, "embed"):
             y[..., start:end, :] = self._embed(ids[..., start:end], found)
         self.put_virtual(y)
         return y  # type: ignore[no-any-return]

@@ -166,7 +166,7 @@ class Generation:
             raise from_lowering_error(error) from error
         except TooManyWaiting as error:
             raise from_turns(error) from error
-        ref = ProgramRef(program.program_id, str(program.path), program.facts.get("virtual_tokens", 0))
+        ref = ProgramRef(program.program_id, str(program.path), program.facts.get("room_taken", 0))
         return Resolved(ref, digests, len(program.facts.get("labels", ())), program.facts.get("pooling") == "none")
 
     async def _program(

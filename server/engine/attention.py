@@ -87,7 +87,7 @@ def paged_attention(
         out[:, piece.start : piece.end] = _attend_prefill(query[0, :, piece.start : piece.end], piece, keys, values, rules)
     edits = state.sites.edits
     if edits is not None:
-        for start, end, found in edits.extras(place.site, "side."):
+        for start, end, found in edits.extras(place.site, "side"):
             attended = _attend_side(query[0, :, start:end], found["key"], found["value"])
             if found["projected"]:
                 out[:, start:end] += attended

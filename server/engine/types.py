@@ -55,7 +55,7 @@ class SamplingParams:
 class ProgramRef:
     """A program and the file that the engine maps when it is not resident. The base model has no file.
 
-    ``num_virtual`` is what the edge knows of the pseudo-tokens that the program puts in front of a prompt; the engine asks the file.
+    ``num_virtual`` is what the edge knows of how much of the model's length the program's pseudo-tokens take; the engine asks the file.
     """
 
     program_id: str = "base"

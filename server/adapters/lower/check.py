@@ -49,6 +49,12 @@ def _check_prologue(source: Source, base: Base, program: Program) -> None:
             f"fewer than {spec.max_positions}",
             found,
         )
+    if len(prologue) and program.invocation_tokens:
+        source.fault(
+            "unsupported_field",
+            "adapter",
+            "virtual tokens or a prefix, in a program that acts only from tokens of the prompt on; train one without the other",
+        )
     if prologue.after_first and not spec.is_encoder:
         source.fault(
             "unsupported_field",

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ R = torch.randn
 
 def everything() -> Program:
     layer = "model.layers.0"
-    program = Program(invocation_tokens=(4, 5), notes={"relative_error": 0.25})
+    program = Program(notes={"relative_error": 0.25})
     program.add(
         f"{layer}.self_attn.q_proj",
         LinearEdit(down=R(3, 32), up=R(3, 32), in_scale=R(32), out_scale=R(32), shift=R(32), pair_scale=R(32), pair_group=4),
@@ -81,4 +82,14 @@ def test_a_program_survives_its_file(tiny_models: TinyModels, tmp_path: Path) ->
     assert program.head is not None
     assert [shown(layer) for layer in found.head.layers] == [shown(layer) for layer in program.head.layers]
     assert (found.head.pooling, found.head.labels, found.head.multi_label) == ("mean", ("no", "yes"), True)
-    assert (found.invocation_tokens, found.notes, found.nbytes) == (program.invocation_tokens, program.notes, program.nbytes)
+    assert (found.invocation_tokens, found.notes, found.nbytes) == ((), program.notes, program.nbytes)
+    program.prologue, program.invocation_tokens = Prologue(), (4, 5)
+    write_program(tmp_path / "p.safetensors", program, program_id="p", facts={})
+    assert unpack_program(read_program(tmp_path / "p.safetensors"), spec).invocation_tokens == (4, 5)
+
+
+def test_a_prologue_of_a_program_that_acts_later_is_never_written(tmp_path: Path) -> None:
+    program = Program(invocation_tokens=(5, 6), prologue=Prologue(tokens=torch.zeros(2, 32), tokens_site="e"))
+    with pytest.raises(ValueError, match="prologue"):
+        write_program(tmp_path / "p.safetensors", program, program_id="p", facts={})
+    assert not list(tmp_path.iterdir())

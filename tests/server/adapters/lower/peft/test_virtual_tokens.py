@@ -93,9 +93,14 @@ def test_a_task_is_chosen_by_the_config(base: Base) -> None:
     assert torch.equal(program.prologue.tokens, expected)
 
 
-def test_virtual_tokens_behind_the_first_token_are_for_encoders(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    prologue = Prologue(tokens=torch.randn(2, 32), tokens_site=base.spec.embedding, after_first=True)
-    method = Method("PROMPT_TUNING", "", {"peft_type": lambda _: None}, lambda source, _: Program(prologue=prologue))
+@pytest.mark.parametrize(("after_first", "invocation"), [(True, ()), (False, (5, 6))])
+def test_what_no_request_that_generates_could_start_with_is_refused(
+    after_first: bool, invocation: tuple[int, ...], base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Virtual tokens behind the first one, and a prologue of a program that acts only later."""
+    prologue = Prologue(tokens=torch.randn(2, 32), tokens_site=base.spec.embedding, after_first=after_first)
+    program = Program(prologue=prologue, invocation_tokens=invocation)
+    method = Method("PROMPT_TUNING", "", {"peft_type": lambda _: None}, lambda source, _: program)
     monkeypatch.setattr("server.adapters.lower.method_of", lambda _: method)
     assert faults("PROMPT_TUNING", {}, base) == {"adapter": "unsupported_field"}
 
