@@ -81,7 +81,7 @@ def _lower(job: Job, base: Base, max_bytes: int) -> tuple[Program, dict[str, Any
     method = method_of(checkpoint)
     everything = [checkpoint, *([checkpoint.head] if checkpoint.head else []), *checkpoint.children.values()]
     parameters = sum(tensor.numel() for part in everything for tensor in part.tensors.values())
-    return program, {"method": method.name, "library": method.library, "parameters": parameters, **_facts(program, base)}
+    return program, {"method": method.name, "library": checkpoint.library, "parameters": parameters, **_facts(program, base)}
 
 
 def _compose(job: Compose, base: Base, max_bytes: int) -> tuple[Program, dict[str, Any]]:

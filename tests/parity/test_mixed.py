@@ -29,7 +29,7 @@ PROMPTS = ([9, 200, 31], [(7 * index) % 250 + 5 for index in range(37)])
 
 def request(name: str, prompt: Sequence[int], program: ProgramRef, family: str) -> Request:
     if family not in ENCODERS:
-        return greedy(name, prompt, program, tokens=6)
+        return greedy(name, prompt, program, tokens=4)
     # The base has no classifier.
     return ask(name, prompt, program, task=Task.EMBED if program is BASE else Task.CLASSIFY)
 

@@ -40,11 +40,9 @@ def test_examples_and_a_dora_packed_equal_peft(smollm2: Path, tmp_path: Path) ->
     ]
     engine = make_engine(smollm2, kv_cache_bytes=64 << 20, bank_bytes=256 << 20, max_batch_tokens=256, max_model_len=256)
     requests = [
-        greedy(f"{name}-{index}", prompt, ref, tokens=16)
-        for name, ref in programs.items()
-        for index, prompt in enumerate(prompts)
+        greedy(f"{name}-{index}", prompt, ref, tokens=8) for name, ref in programs.items() for index, prompt in enumerate(prompts)
     ]
-    results = run(engine, [*requests, *(greedy(f"base-{index}", prompt, tokens=16) for index, prompt in enumerate(prompts))])
+    results = run(engine, [*requests, *(greedy(f"base-{index}", prompt, tokens=8) for index, prompt in enumerate(prompts))])
     engine.close()
     plain = unchanged_model(smollm2)
     for name in ["base", *programs]:

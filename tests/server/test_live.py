@@ -443,11 +443,10 @@ from server.adapters.lower.method import COMMON_FIELDS, Method, number
 
 def lower(source, base):
     program = Program()
-    for site in source.sites:
-        spec = base.spec.site(site)
-        factor = source.take(site, "toy_factor", (spec.out_features,))
+    for spec in source.sites("toy_", ("linear",)):
+        factor = source.take(spec.name, "toy_factor", (spec.out_features,))
         if factor is not None:
-            program.linear(site).out_scale = factor * source.config["gain"]
+            program.linear(spec.name).out_scale = factor * source.config["gain"]
     return program
 
 
@@ -459,7 +458,7 @@ def test_a_new_method_is_one_new_file(model: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for package in ("server", "adapter_store"):
         shutil.copytree(ROOT / package, tree / package)
-    (tree / "server" / "adapters" / "lower" / "toy.py").write_text(TOY)
+    (tree / "server" / "adapters" / "lower" / "peft" / "toy.py").write_text(TOY)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "TOY", "gain": 3.0}))

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from server.adapters.base_spec import BaseSpec
+from server.adapters.base_spec import BaseSpec, SiteSpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -54,19 +54,28 @@ class Base:
             stored = self._weights.get(f"{self.spec.embedding}.weight")
         if stored is None:
             raise KeyError(f"the base directory has no weight for {site}")
-        stored = self._as_served(stored)
+        stored = self.as_served(stored)
         return stored.T.contiguous() if self._sites[site].transposed else stored
 
     def bias(self, site: str) -> Tensor:
         """``(out,)``; zeros where the site has none."""
         stored = self._weights.get(f"{site}.bias") if self._sites[site].has_bias else None
-        return torch.zeros(self._sites[site].out_features, dtype=self.compute) if stored is None else self._as_served(stored)
+        return torch.zeros(self._sites[site].out_features, dtype=self.compute) if stored is None else self.as_served(stored)
 
     def parameter(self, name: str) -> Tensor | None:
         """Any stored tensor by its full name, also one of no site (positions, a pooler's weight); None when there is none."""
         stored = self._weights.get(name)
-        return None if stored is None else self._as_served(stored)
+        return None if stored is None else self.as_served(stored)
 
-    def _as_served(self, stored: Tensor) -> Tensor:
+    def as_served(self, stored: Tensor) -> Tensor:
         """Rounded to the dtype that the engine serves, which is what an edit must be exact against."""
         return stored.to(self.dtype).to(self.compute)
+
+
+def stored_shape(spec: SiteSpec) -> tuple[int, ...]:
+    """The shape of a site's weight in a file: transposed for Conv1D."""
+    if spec.kind == "norm":
+        return (spec.out_features,)
+    if spec.kind == "embedding" or spec.transposed:
+        return (spec.in_features, spec.out_features)
+    return (spec.out_features, spec.in_features)

@@ -38,6 +38,14 @@ def kronecker(left: Tensor, right: Tensor) -> Form:
     return Form(left.numel() + right.numel(), lambda: {"left": left, "right": right})
 
 
+def product(down: Tensor, up: Tensor) -> tuple[Form, Form]:
+    """Both forms of ``up.T @ down``: ``down (rank, in)`` and ``up (rank, out)`` as they are, or multiplied out."""
+    return (
+        Form(down.numel() + up.numel(), lambda: {"down": down, "up": up}),
+        Form(down.shape[1] * up.shape[1], lambda: {"dense": up.T @ down}),
+    )
+
+
 def set_cheapest(source: Source, edit: LinearEdit, forms: Sequence[Form]) -> None:
     """Give the edit the smallest of the forms; of equal ones the first. Raises LoweringError when even that is over the byte budget."""
     form = min(forms, key=lambda form: form.size)

@@ -19,15 +19,13 @@ Rule = Callable[[Any], str | None]
 class Method:
     """A method by its name in checkpoints, what it reduces to (for docs/PEFT.md), the rules of its config fields and its lowering.
 
-    ``library`` is who writes such checkpoints: ``peft`` (the name is ``peft_type``), ``adapters`` (AdapterHub; its architecture) or
-    ``medley`` (``medley_type``: what no library has a format for, see docs/FORMATS.md). ``file`` is what it calls its config.
+    The name is PEFT's ``peft_type``, AdapterHub's architecture, or ``medley_type``. ``file`` is what the config's file is called.
     """
 
     name: str
     summary: str
     fields: Mapping[str, Rule]
     lower: Callable[[Source, Base], Program]
-    library: str = "peft"
     file: str = "adapter_config.json"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.adapters.base_spec import BaseSpec
+from server.adapters.base_spec import BaseSpec, SiteKind, SiteSpec
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.lower.checkpoint import Checkpoint
 from server.adapters.lower.keys import key_layout
@@ -50,13 +50,25 @@ class Source:
         part._faults = self._faults
         return part
 
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Sites that the checkpoint has tensors for, in the base's order."""
-        return tuple(name for name in self._sites if name in self._by_site)
+    def sites(self, prefix: str = "", kinds: tuple[SiteKind, ...] = ()) -> list[SiteSpec]:
+        """Sites that have a tensor whose key ends with ``prefix…``, in the base's order. With ``kinds``, one at any other module is a fault."""
+        found = []
+        for name, spec in self._sites.items():
+            if not self.has_any(name, prefix):
+                continue
+            if kinds and spec.kind not in kinds:
+                message = f"tensors {prefix}… are not served on a module of the kind {spec.kind}; train without this module"
+                self.fault("wrong_module", name, message, " or ".join(kinds), spec.kind)
+            else:
+                found.append(spec)
+        return found
 
     def has(self, site: str, tail: str) -> bool:
         return tail in self._by_site.get(site, {})
+
+    def has_any(self, site: str, prefix: str) -> bool:
+        """Whether a site has a tensor under a tail that starts so."""
+        return any(tail.startswith(prefix) for tail in self._by_site.get(site, ()))
 
     def tails(self, site: str) -> tuple[str, ...]:
         """What is left of the keys of a site's tensors after the site."""
@@ -116,7 +128,12 @@ class Source:
         self._left -= count
         if self._left < 0:
             expected = f"at most {self._max_numbers} numbers"
-            self.fault("program_too_large", "adapter", "the lowered adapter would be too large", expected)
+            self.fault(
+                "program_too_large",
+                "adapter",
+                "the lowered adapter would be too large; train fewer modules, or with a smaller rank",
+                expected,
+            )
             self.stop_if_faulty()
 
     def stop_if_faulty(self) -> None:
@@ -136,7 +153,7 @@ class Source:
             rule = rules.get(field)
             if rule is None:
                 if value not in (None, False, "", [], {}):
-                    message = "this field is not known for this method, and ignoring it could change the result"
+                    message = "this field is not known for this method, and ignoring it could change the result; leave it out if it does nothing"
                     self._field_fault(values, prefix, field[:80], message)
             elif (expected := rule(value)) is not None:
                 self._field_fault(values, prefix, field, "this value is not supported", expected)
@@ -148,12 +165,16 @@ class Source:
         lost = [key for site in whole for key, _ in self._by_site.pop(site).values()]
         for key in [*(key for key, _ in self._shared.values()), *lost]:
             self.fault(
-                "unmatched_tensor", key[:200], f"the base model ({self._spec.family}) has no module that this tensor belongs to"
+                "unmatched_tensor",
+                key[:200],
+                f"the base model ({self._spec.family}) has no module that this tensor belongs to; was it trained on another one?",
             )
         for tails in self._by_site.values():
             for key, _ in tails.values():
                 self.fault(
-                    "unused_tensor", key[:200], "the method has no use for this tensor, and ignoring it could change the result"
+                    "unused_tensor",
+                    key[:200],
+                    "the method has no use for this tensor, and ignoring it could change the result; leave it out if it belongs to nothing",
                 )
 
     def pattern(self, field: str, site: str, default: Any) -> Any:
@@ -178,7 +199,7 @@ class Source:
         return default
 
     def _pattern_fault(self, field: str, message: str) -> None:
-        where = f"adapter_config.json: {field}"
+        where = f"{self.file}: {field}"
         if not any(fault.where == where for fault in self._faults):
             self.fault("unsupported_field", where, message)
 
@@ -196,7 +217,12 @@ class Source:
 
     def _put(self, place: dict[str, tuple[str, Tensor]], name: str, key: str, tensor: Tensor) -> None:
         if name in place and not (self._layout.has_aliases and torch.equal(tensor, place[name][1])):
-            self.fault("duplicate_tensor", key[:200], "two tensors stand for the same thing", found=place[name][0][:200])
+            self.fault(
+                "duplicate_tensor",
+                key[:200],
+                "two tensors stand for the same thing; keep one of them",
+                found=place[name][0][:200],
+            )
         place[name] = (key, tensor)
 
     def _site(self, path: str) -> str | None:

@@ -19,27 +19,16 @@ from server.adapters.faults import LoweringError
 from server.adapters.lower import REFUSED, Checkpoint, lower, methods
 from server.adapters.lower.base import Base
 from tests.conftest import TinyModels
-from tests.harness import load_base_for_lowering
 from tests.parity.variants import VARIANTS, make_adapter
+from tests.server.adapters.lower.hostile import JSON, faults
 
 Files = tuple[dict[str, Any], dict[str, Tensor]]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_models: TinyModels) -> Base:
-    return load_base_for_lowering(tiny_models("llama"))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Files:
     path: Path = make_adapter(VARIANTS[0], "llama", tiny_models("llama"), tmp_path_factory.mktemp("adapter"))
     return json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
-
-
-def faults(config: dict[str, Any], tensors: dict[str, Tensor], base: Base, **limits: int) -> dict[str, str]:
-    with pytest.raises(LoweringError) as caught:
-        lower(Checkpoint(config, tensors), base, **limits)
-    return {fault.where: fault.code for fault in caught.value.faults}
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "NONSENSE", "", None, 3, "lora"])
@@ -105,13 +94,6 @@ def test_hostile_patterns_cost_nothing(base: Base, checkpoint: Files) -> None:
     faults({**config, "rank_pattern": {"(x+x+)+y" * 20: 4}}, tensors, base)
     faults({**config, "rank_pattern": {f"m{index}": 4 for index in range(10_000)}}, tensors, base)
     assert time.perf_counter() - started < 2
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
