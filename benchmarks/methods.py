@@ -52,7 +52,7 @@ def main() -> int:
             names[method] = [client.adapters.push(path, path.name).name for path in made]
         names[MIXED] = [names[method][0] for method in METHODS] + ["base"]
         for variant in names.values():
-            tokens_per_second(url, prompts(vocab, seed=1000), variant)  # loads every adapter
+            tokens_per_second(url, prompts(vocab, seed=1000), variant, new_tokens=2)  # loads every adapter
         for repeat in range(arguments.repeats):
             for number, (variant, adapters) in enumerate(
                 track([*names.items(), ("base", [])], description=f"round {repeat + 1} of {arguments.repeats}")
