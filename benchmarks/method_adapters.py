@@ -75,7 +75,9 @@ def _each(shapes: Shapes, make: Callable[[int, int], dict[str, Tensor]], names: 
 
 def lora(shapes: Shapes, r: Random) -> Files:
     tensors = _each(shapes, lambda i, o: {"lora_A.weight": r(RANK, i), "lora_B.weight": r(o, RANK)})
-    return _peft("LORA", tensors, r=RANK, lora_alpha=RANK, bias="none")
+    # PEFT itself, which is measured too, goes by the names.
+    targets = sorted({name.rpartition(".")[2] for name in shapes.linears})
+    return _peft("LORA", tensors, r=RANK, lora_alpha=RANK, bias="none", target_modules=targets)
 
 
 def dora(shapes: Shapes, r: Random) -> Files:

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.method_adapters import write_method
 from benchmarks.over_http import tokens_per_second
-from benchmarks.work import prompts, write_adapters
+from benchmarks.work import prompts
 from examples.serving import running_server
 from medley_client import Medley
 from server.app import pick_dtype
@@ -43,7 +44,7 @@ def main() -> int:
     base = prepare_base(None, arguments.data_dir, progress=console.print)
     with tempfile.TemporaryDirectory() as scratch:
         console.print(f"{os.cpu_count()} cores, {dtype}, load average {os.getloadavg()[0]:.1f}")
-        adapters = write_adapters(base.path, Path(scratch), max(VARIANTS))
+        adapters = write_method("LoRA", base.path, Path(scratch), max(VARIANTS))
         runs = {
             ("medley", name): found
             for name, found in measure_medley(Path(scratch), adapters, base.path, dtype, arguments.repeats).items()

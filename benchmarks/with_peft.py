@@ -29,7 +29,7 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     vocab = model.config.vocab_size
     results = {"base": [_generate(model, vocab, seed, {}) for seed in range(repeats)]}
-    names = [f"adapter-{number}" for number in range(max(VARIANTS))]
+    names = [f"lora-{number}" for number in range(max(VARIANTS))]
     for name in names:
         if isinstance(model, PeftModel):
             model.load_adapter(directory / name, adapter_name=name)

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from examples.serving import ServerFailed, running_server
+from examples.serving import ServerFailed, keep_serving, running_server
 from examples.train_heads import base_directory
 from medley_client import ApiError, AsyncMedley, Classified, Medley
 from server.api.auth import new_key
@@ -127,20 +127,11 @@ def main() -> int:
                 console.print(f"{'ok  ' if private else 'FAIL'} acme cannot reach globex's head")
                 return 0 if check(console, answers) and private else 1
             body = json.dumps({"model": "tone", "input": ["What a day!"]})
-            console.print("\ntry it:", style="bold")
-            console.print(
-                f"  MEDLEY_URL={url} MEDLEY_API_KEY={keys['acme']} .venv/bin/medley classify 'What a day!' --adapter tone",
-                markup=False,
-                soft_wrap=True,
+            keep_serving(
+                console,
+                f"MEDLEY_URL={url} MEDLEY_API_KEY={keys['acme']} .venv/bin/medley classify 'What a day!' --adapter tone",
+                f"curl {url}/v1/classify -H 'authorization: Bearer {keys['acme']}' -H 'content-type: application/json' -d '{body}'",
             )
-            console.print(
-                f"  curl {url}/v1/classify -H 'authorization: Bearer {keys['acme']}' -H 'content-type: application/json' -d '{body}'",
-                markup=False,
-                soft_wrap=True,
-            )
-            console.print("serving; Ctrl-C stops")
-            while True:
-                time.sleep(3600)
     except ServerFailed as error:
         console.print(str(error), markup=False)
         return 1

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from examples.serving import ServerFailed, running_server
+from examples.serving import ServerFailed, keep_serving, running_server
 from medley_client import AsyncMedley, Medley
 
 HERE = Path(__file__).parent
@@ -137,14 +137,11 @@ def main() -> int:
             if arguments.exit:
                 return 0 if check(console, list(methods), answers) else 1
             body = json.dumps({"inputs": QUESTION, "parameters": {"adapter_id": "pirate", "apply_chat_template": True}})
-            console.print("\ntry it:", style="bold")
-            console.print(f"  curl {url}/generate -H 'content-type: application/json' -d '{body}'", markup=False, soft_wrap=True)
-            console.print(
-                f"  MEDLEY_URL={url} .venv/bin/medley generate '{QUESTION}' --adapter pirate", markup=False, soft_wrap=True
+            keep_serving(
+                console,
+                f"curl {url}/generate -H 'content-type: application/json' -d '{body}'",
+                f"MEDLEY_URL={url} .venv/bin/medley generate '{QUESTION}' --adapter pirate",
             )
-            console.print("serving; Ctrl-C stops")
-            while True:
-                time.sleep(3600)
     except ServerFailed as error:
         console.print(str(error), markup=False)
         return 1

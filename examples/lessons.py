@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PUBLIC_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -156,3 +157,12 @@ def fit(model, tokenizer, pairs: list[tuple[str, str]], *, steps: int, rate: flo
         optimizer.zero_grad()
         if step % 10 == 9:
             print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+
+
+def publish(directory: Path, weights: str, base_field: str) -> None:
+    """Make a saved adapter fit for the repository: tensors in bfloat16, and the base's public name in place of this machine's path."""
+    file = directory / weights
+    save_file({key: tensor.to(torch.bfloat16).contiguous() for key, tensor in load_file(file).items()}, file)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config[base_field] = PUBLIC_NAME
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

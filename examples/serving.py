@@ -10,8 +10,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
+from rich.console import Console
 
 
 class ServerFailed(Exception):
@@ -42,6 +44,16 @@ def running_server(data_dir: Path, *flags: str, port: int | None = None, env: Ma
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def keep_serving(console: Console, *commands: str) -> NoReturn:
+    """Show commands to try, and stay until Ctrl-C."""
+    console.print("\ntry it:", style="bold")
+    for command in commands:
+        console.print(f"  {command}", markup=False, soft_wrap=True)
+    console.print("serving; Ctrl-C stops")
+    while True:
+        time.sleep(3600)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float = 180.0) -> str:

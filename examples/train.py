@@ -9,7 +9,6 @@ method of its own. A few minutes each on two CPU cores. Writes ``examples/adapte
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from examples.lessons import PUBLIC_NAME, fit, lesson, load_tokenizer
+from examples.lessons import fit, lesson, load_tokenizer, publish
 from server.engine.base_dir import prepare_base
 
 HERE = Path(__file__).parent
@@ -85,7 +83,10 @@ def main() -> None:
             model.prompt_encoder["default"].embedding.weight.data.copy_(start)
         print(f"training {name}", flush=True)
         fit(model, tokenizer, lesson(name, base, tokenizer), steps=course.steps, rate=course.rate, size=course.size)
-        save(model, HERE / "adapters" / name)
+        directory = HERE / "adapters" / name
+        model.save_pretrained(directory)
+        (directory / "README.md").unlink(missing_ok=True)
+        publish(directory, "adapter_model.safetensors", "base_model_name_or_path")
 
 
 @torch.inference_mode()
@@ -96,17 +97,6 @@ def begin(model: Any, hint: torch.Tensor, config: Callable[..., Any]) -> torch.T
     cache = model(hint, use_cache=True).past_key_values
     layers = [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]
     return torch.cat(layers).permute(2, 0, 1, 3).reshape(hint.shape[1], -1).clone()
-
-
-def save(model: Any, directory: Path) -> None:
-    """PEFT's files, in bfloat16, without this machine's paths."""
-    model.save_pretrained(directory)
-    (directory / "README.md").unlink(missing_ok=True)
-    weights = directory / "adapter_model.safetensors"
-    save_file({key: tensor.to(torch.bfloat16).contiguous() for key, tensor in load_file(weights).items()}, weights)
-    config = json.loads((directory / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = PUBLIC_NAME
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

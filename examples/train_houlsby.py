@@ -9,16 +9,14 @@ Needs the converted base model, which ``make demo`` leaves in ``.medley``. Write
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import adapters
 import torch
 from adapters import DoubleSeqBnConfig
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from examples.lessons import PUBLIC_NAME, fit, lesson, load_tokenizer
+from examples.lessons import fit, lesson, load_tokenizer, publish
 
 NAME = "news"
 REDUCTION = 144
@@ -39,11 +37,7 @@ def main() -> None:
     fit(model, tokenizer, pairs, steps=120, rate=5e-3)
     directory = Path(__file__).parent / "adapters" / NAME
     model.save_adapter(str(directory), NAME, with_head=False, use_safetensors=True)
-    weights = directory / "adapter.safetensors"
-    save_file({key: tensor.to(torch.bfloat16).contiguous() for key, tensor in load_file(weights).items()}, weights)
-    config = json.loads((directory / "adapter_config.json").read_text())
-    config["model_name"] = PUBLIC_NAME
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    publish(directory, "adapter.safetensors", "model_name")
 
 
 if __name__ == "__main__":

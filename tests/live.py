@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,12 @@ class Live:
     def http(self, tenant: str | None = "acme") -> httpx.Client:
         headers = {} if tenant is None else {"authorization": f"Bearer {self.keys[tenant]}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def push(self, adapters: Mapping[str, Path]) -> None:
+        """Push directories by the names that they are to have."""
+        with self.client() as client:
+            for name, path in adapters.items():
+                client.adapters.push(path, name)
 
     def child(self, module: str) -> psutil.Process:
         """The server's child process that runs a module."""

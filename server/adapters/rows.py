@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,15 @@ class VectorRows:
 
     rows: Tensor | None
     index: Tensor
+
+
+class VirtualRows(NamedTuple):
+    """Rows ``[start, end)`` of a batch are virtual tokens of the slot's program, from its ``offset``-th on."""
+
+    slot: int
+    start: int
+    end: int
+    offset: int = 0
 
 
 def vector_rows(found: Iterable[tuple[Resident, int, int, int | None]], num_rows: int, device: torch.device) -> VectorRows | None:

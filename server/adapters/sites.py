@@ -6,7 +6,7 @@ A site with nothing to do in a step is one attribute read away from the module t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from server.adapters.apply import LONG_RUN, StepEdits, add_linear_terms, add_pai
 from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec, Sublayer
 from server.adapters.bottleneck import Streams, SublayerResult, SublayerWork, run_sublayer, sublayer_work
-from server.adapters.rows import scale_rows, shift_rows
+from server.adapters.rows import VirtualRows, scale_rows, shift_rows
 
 Replaced = tuple[int, int, Tensor]
 """Rows ``[start, end)`` of a site's output are these instead: (start, end, rows)."""
@@ -52,6 +52,13 @@ class SiteState:
             rows = [row for row, index in enumerate(self.token_indices()[start:end], start) if 0 <= index < count]
             self._early[key] = torch.tensor(rows, device=self.bank.rows.device) if rows else None
         return self._early[key]
+
+    def place_virtual(self, placed: Iterable[VirtualRows]) -> None:
+        """Say which rows of the step are virtual tokens."""
+        for rows in placed:
+            resident = self.bank.resident(rows.slot)
+            tokens = resident.extras["prologue.tokens"][rows.offset : rows.offset + rows.end - rows.start]
+            self.virtual.setdefault(resident.prologue.tokens_site, []).append((rows.start, rows.end, tokens))
 
     def unbind(self) -> None:
         """Forget the step."""

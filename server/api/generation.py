@@ -251,9 +251,7 @@ class Generation:
                     if delta.finish_reason is not None:
                         return
         except (EngineOverloaded, EngineUnavailable) as error:
-            refusal = from_engine(error)
-            self._metrics.rejections.labels(refusal.row.code).inc()
-            raise refusal from error
+            raise self._refusal(error) from error
 
     async def answer(self, tenant: str, token_ids: tuple[int, ...], program: ProgramRef, task: Task) -> TaskResult:
         """Run a sequence that makes no token. Raises ApiError."""
@@ -267,9 +265,7 @@ class Generation:
                     if output.result is not None:
                         return output.result
         except (EngineOverloaded, EngineUnavailable) as error:
-            refusal = from_engine(error)
-            self._metrics.rejections.labels(refusal.row.code).inc()
-            raise refusal from error
+            raise self._refusal(error) from error
         raise ApiError("internal_error", "the request ended without a result")
 
     async def complete(self, call: Call) -> Completion:
@@ -279,6 +275,12 @@ class Generation:
             async for delta in deltas:
                 completion.add(delta)
         return completion
+
+    def _refusal(self, error: EngineOverloaded | EngineUnavailable) -> ApiError:
+        """What the caller is told when no engine takes the request; counted."""
+        refusal = from_engine(error)
+        self._metrics.rejections.labels(refusal.row.code).inc()
+        return refusal
 
     def _delta(self, output: RequestOutput, text: Detokenizer, stop: StopText) -> Delta:
         if output.error is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.adapters.rows import VirtualRows
 from server.engine.block_manager import NULL_BLOCK
 from server.engine.scheduler import Scheduled
 
@@ -43,16 +44,6 @@ class PrefixCopy:
     first: int
     end: int
     kv_slots: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class VirtualRows:
-    """Rows ``[start, end)`` of the batch are virtual tokens of the slot's program, from its ``offset``-th on."""
-
-    slot: int
-    start: int
-    end: int
-    offset: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.packed import PrologueLayout
+from server.adapters.rows import VirtualRows
 from server.engine.sequence import Sequence
 
 
@@ -60,6 +61,13 @@ class EncoderBatch:
     positions: Tensor
     groups: tuple[Group, ...]
     token_slots: tuple[tuple[int, int, int], ...]
+
+    @property
+    def virtual_rows(self) -> Iterator[VirtualRows]:
+        """The rows that are virtual tokens."""
+        for span in self.spans:
+            if span.num_virtual:
+                yield VirtualRows(span.sequence.slot, span.virtual, span.virtual + span.num_virtual)
 
     def token_indices(self) -> list[int]:
         """Which of its sequence's real tokens each row is; negative for virtual tokens."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from server.adapters.apply import EditCache
 from server.adapters.bank import Bank
 from server.adapters.kernels import Kernel
-from server.adapters.sites import Replaced, SiteState, attach
+from server.adapters.sites import SiteState, attach
 from server.engine.encoder_attention import EncoderState
 from server.engine.encoder_batch import EncoderBatch, Span
 from server.engine.model import BaseModel
@@ -51,23 +51,13 @@ class EncoderRunner:
         self._attention.kv = {item.slot: item.extras["prologue.kv"] for item in residents if item.prologue.num_kv}
         self._sites.edits = self._edits.get(batch.token_slots)
         self._sites.token_indices = batch.token_indices
-        self._sites.virtual = self._virtual_tokens(batch)
+        self._sites.place_virtual(batch.virtual_rows)
         try:
             yield
         finally:
             self._attention.batch = None
             self._attention.kv = {}
             self._sites.unbind()
-
-    def _virtual_tokens(self, batch: EncoderBatch) -> dict[str, list[Replaced]]:
-        """The step's virtual tokens, by the site whose output they are."""
-        found: dict[str, list[Replaced]] = {}
-        for span in batch.spans:
-            if span.num_virtual:
-                resident = self._bank.resident(span.sequence.slot)
-                rows = (span.virtual, span.virtual + span.num_virtual, resident.extras["prologue.tokens"])
-                found.setdefault(resident.prologue.tokens_site, []).append(rows)
-        return found
 
 
 def _pool(span: Span, hidden: Tensor) -> Pooled | None:

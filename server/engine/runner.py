@@ -12,7 +12,7 @@ from torch import Tensor
 from server.adapters.apply import EditCache
 from server.adapters.bank import Bank
 from server.adapters.kernels import Kernel
-from server.adapters.sites import Replaced, SiteState, attach
+from server.adapters.sites import SiteState, attach
 from server.engine.attention import AttentionState
 from server.engine.batch import Batch
 from server.engine.kv_cache import KVCache
@@ -69,21 +69,12 @@ class Runner:
         self._sites.token_indices = batch.token_indices
         self._sites.edits = self._edits.get(batch.token_slots)
         self._sites.head_edits = self._head_edits.get(batch.sample_slots)
-        self._sites.virtual = self._virtual_tokens(batch)
+        self._sites.place_virtual(batch.virtual_rows)
         try:
             yield
         finally:
             self._attention.batch = None
             self._sites.unbind()
-
-    def _virtual_tokens(self, batch: Batch) -> dict[str, list[Replaced]]:
-        """The step's virtual tokens, by the site whose output they are."""
-        found: dict[str, list[Replaced]] = {}
-        for rows in batch.virtual_rows:
-            resident = self._bank.resident(rows.slot)
-            tokens = resident.extras["prologue.tokens"][rows.offset : rows.offset + rows.end - rows.start]
-            found.setdefault(resident.prologue.tokens_site, []).append((rows.start, rows.end, tokens))
-        return found
 
 
 def _pool_items(batch: Batch, hidden: Tensor) -> Iterator[Pooled | None]:

@@ -45,9 +45,7 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.fixture(scope="module")
 def live(model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     with live_server(model, tmp_path_factory.mktemp("hostile")) as server:
-        with server.client() as client:
-            for name, path in adapters.items():
-                client.adapters.push(path, name)
+        server.push(adapters)
         assert push(server, "probe", probe()).status_code == 201
         yield server
 
