@@ -51,14 +51,24 @@ TABLE = (
     ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
     ErrorCode("not_found", 404, _INVALID, "There is no such route; see docs/API.md."),
     ErrorCode("adapter_not_found", 404, _INVALID, "No such adapter for this tenant. The same for `not yours` and `not there`."),
+    ErrorCode("blob_not_found", 404, _INVALID, "You have no such blob or file. The same for `not yours` and `not there`."),
+    ErrorCode("upload_not_found", 404, _INVALID, "There is no such upload of yours, or it is over a day old; begin another."),
     ErrorCode("method_not_allowed", 405, _INVALID, "The route exists but not with this HTTP method."),
     ErrorCode("duplicate_request", 409, _INVALID, "A request with this id is already running."),
+    ErrorCode("name_taken", 409, _INVALID, "The name is an alias's where an adapter is meant, or an adapter's where an alias is."),
+    ErrorCode("version_in_use", 409, _INVALID, "Tags or aliases name what is to be deleted; the message says which. Move them first."),
+    ErrorCode("upload_offset_mismatch", 409, _INVALID, "The bytes do not go there; ask with HEAD how far the upload is, and go on from there."),
+    ErrorCode("idempotency_key_in_use", 409, _INVALID, "A request with this Idempotency-Key is running.", retry=True),
+    ErrorCode("pin_limit", 409, _INVALID, "Pinned adapters may take half of the device's bank; unpin others first."),
+    ErrorCode("precondition_failed", 412, _INVALID, "If-Match or If-None-Match does not hold: the name has changed; read it again."),
     ErrorCode("body_too_large", 413, _INVALID, "The JSON body is over 2 MiB."),
     ErrorCode("upload_too_large", 413, _INVALID, "The upload is over max_upload_bytes."),
     ErrorCode("unsupported_encoding", 415, _INVALID, "Compressed request bodies are refused; send them plain."),
     ErrorCode(
         "adapter_rejected", 422, _INVALID, "The upload is not a servable adapter; `faults` lists everything that is wrong."
     ),
+    ErrorCode("digest_mismatch", 422, _INVALID, "What arrived has another digest than was said; nothing was kept."),
+    ErrorCode("idempotency_key_reused", 422, _INVALID, "The Idempotency-Key was used for another request within the last day."),
     ErrorCode(
         "not_composable", 422, _INVALID, "These adapters cannot be combined exactly, or not so; `faults` says which and where."
     ),
