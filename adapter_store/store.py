@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import URL
 
+from adapter_store import migrations
 from adapter_store.aliases import Aliases
 from adapter_store.blob_records import UNTOUCHED_S, BlobRecords
 from adapter_store.blobs import BlobStore, LocalBlobs
@@ -70,7 +71,10 @@ class Store:
         local = URL.create("sqlite", database=str(directory / "catalog.sqlite"))
         uploads = directory / "uploads"
         uploads.mkdir(exist_ok=True)
-        store = cls(Database(catalog_url or local, clock), LocalBlobs(directory / "blobs"), uploads, max_upload_bytes)
+        database = Database(catalog_url or local, clock)
+        migrations.upgrade(database)
+        store = cls(database, LocalBlobs(directory / "blobs"), uploads, max_upload_bytes)
+        store._take_over()
         store.sweep()
         return store
 
@@ -235,6 +239,9 @@ class Store:
         for path in stale:
             shutil.rmtree(path, ignore_errors=True)
         return len(stale)
+
+    def _take_over(self) -> None:
+        self._blob_records.take_over(self._blobs.digests, lambda sha256: self._blobs.path(sha256).stat().st_size)
 
     def _keep(self, file: StagedFile) -> None:
         """Store a file's bytes; its row first (see blob_records)."""
