@@ -51,14 +51,20 @@ TABLE = (
     ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
     ErrorCode("not_found", 404, _INVALID, "There is no such route; see docs/API.md."),
     ErrorCode("adapter_not_found", 404, _INVALID, "No such adapter for this tenant. The same for `not yours` and `not there`."),
+    ErrorCode("blob_not_found", 404, _INVALID, "You own no such blob. The same for `not yours` and `not there`."),
+    ErrorCode("upload_not_found", 404, _INVALID, "No such upload of yours, or it is over. Begin another."),
     ErrorCode("method_not_allowed", 405, _INVALID, "The route exists but not with this HTTP method."),
     ErrorCode("duplicate_request", 409, _INVALID, "A request with this id is already running."),
+    ErrorCode(
+        "upload_offset_mismatch", 409, _INVALID, "The piece does not start where the upload ends; `Upload-Offset` says where."
+    ),
     ErrorCode("body_too_large", 413, _INVALID, "The JSON body is over 2 MiB."),
     ErrorCode("upload_too_large", 413, _INVALID, "The upload is over max_upload_bytes."),
     ErrorCode("unsupported_encoding", 415, _INVALID, "Compressed request bodies are refused; send them plain."),
     ErrorCode(
         "adapter_rejected", 422, _INVALID, "The upload is not a servable adapter; `faults` lists everything that is wrong."
     ),
+    ErrorCode("digest_mismatch", 422, _INVALID, "What arrived has another sha256 than you say; the message has both."),
     ErrorCode(
         "not_composable", 422, _INVALID, "These adapters cannot be combined exactly, or not so; `faults` says which and where."
     ),
@@ -72,6 +78,7 @@ TABLE = (
         "The queue is full, or you have too much in it; wait as long as Retry-After says.",
         retry=True,
     ),
+    ErrorCode("too_many_uploads", 429, "rate_limit_error", "You have 32 unfinished uploads; finish or cancel some."),
     ErrorCode("internal_error", 500, _SERVER, "The server failed on this request; its log has the request id."),
     ErrorCode(
         "non_finite_output", 500, _SERVER, "The computation overflowed for this adapter and prompt; nobody else was affected."
