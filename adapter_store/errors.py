@@ -2,8 +2,14 @@
 
 StoreError
 ├── AdapterRejected        the upload is not a servable adapter (all faults at once)
-├── AdapterNotFound        no such adapter, version or tag for this tenant
+├── AdapterNotFound        no such adapter, alias, version or tag for this tenant
 ├── InvalidName            the name breaks the grammar, or is reserved
+├── InvalidAlias           an alias cannot mean this
+├── NameTaken              the name is an alias where an adapter is to be, or the other way round
+├── PreconditionFailed     the name is not, or no longer, in the state that the caller expects
+├── VersionInUse           a tag or an alias names what is to be removed
+├── IdempotencyKeyReused   the key came with another request before
+├── PinLimit               the tenant has as many pins as it may have
 ├── UploadTooLarge         the upload is over the byte cap
 ├── UploadNotFound         no such resumable upload for this tenant
 ├── OffsetMismatch         a piece does not start where the upload ends
@@ -116,3 +122,39 @@ class StoreUnavailable(StoreError):
     """A backend cannot be reached; try again later."""
 
     code = "store_unavailable"
+
+
+class InvalidAlias(StoreError):
+    """An alias must mean one or several adapters, each once, with shares above zero, and no alias."""
+
+    code = "invalid_alias"
+
+
+class NameTaken(StoreError):
+    """The name is an alias where an adapter is to be, or the other way round."""
+
+    code = "name_taken"
+
+
+class PreconditionFailed(StoreError):
+    """The name is not, or no longer, in the state that the caller expects."""
+
+    code = "precondition_failed"
+
+
+class VersionInUse(StoreError):
+    """A tag or an alias names what is to be removed; the message says which."""
+
+    code = "version_in_use"
+
+
+class IdempotencyKeyReused(StoreError):
+    """The key came with another request before."""
+
+    code = "idempotency_key_reused"
+
+
+class PinLimit(StoreError):
+    """The tenant has as many pins as it may have."""
+
+    code = "pin_limit"

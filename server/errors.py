@@ -47,6 +47,7 @@ TABLE = (
     ErrorCode("invalid_token_id", 400, _INVALID, "A token id is outside the vocabulary."),
     ErrorCode("task_not_served", 400, _INVALID, "The base model cannot do this: an encoder generates nothing; see docs/API.md."),
     ErrorCode("invalid_adapter_name", 400, _INVALID, "Names match [a-z0-9][a-z0-9._-]{0,63}; `base` is reserved."),
+    ErrorCode("invalid_alias", 400, _INVALID, "An alias means 1 to 16 adapters, each once, with weights above 0, and no alias."),
     ErrorCode("missing_api_key", 401, "authentication_error", "Send `Authorization: Bearer KEY`."),
     ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
     ErrorCode("not_found", 404, _INVALID, "There is no such route; see docs/API.md."),
@@ -58,6 +59,15 @@ TABLE = (
     ErrorCode(
         "upload_offset_mismatch", 409, _INVALID, "The piece does not start where the upload ends; `Upload-Offset` says where."
     ),
+    ErrorCode("name_taken", 409, _INVALID, "The name is an alias where an adapter is to be, or the other way round."),
+    ErrorCode("version_in_use", 409, _INVALID, "A tag or an alias names what is to be removed; the message says which."),
+    ErrorCode("pin_limit", 409, _INVALID, "The tenant has as many pins as it may have; unpin something first."),
+    ErrorCode(
+        "precondition_failed",
+        412,
+        _INVALID,
+        "The name is not, or no longer, in the state that If-Match or If-None-Match asks for.",
+    ),
     ErrorCode("body_too_large", 413, _INVALID, "The JSON body is over 2 MiB."),
     ErrorCode("upload_too_large", 413, _INVALID, "The upload is over max_upload_bytes."),
     ErrorCode("unsupported_encoding", 415, _INVALID, "Compressed request bodies are refused; send them plain."),
@@ -68,6 +78,7 @@ TABLE = (
     ErrorCode(
         "not_composable", 422, _INVALID, "These adapters cannot be combined exactly, or not so; `faults` says which and where."
     ),
+    ErrorCode("idempotency_key_reused", 422, _INVALID, "The Idempotency-Key came with another request in the last 24 hours."),
     ErrorCode("validation", 422, _INVALID, "A parameter of /generate is malformed, unknown or out of range."),
     ErrorCode("no_task_head", 422, _INVALID, "The adapter has no classifier; the message names those of yours that have one."),
     ErrorCode("program_too_large", 422, _INVALID, "The adapter is larger than what the device's bank may hold."),
