@@ -73,7 +73,6 @@ TABLE = (
     ErrorCode(
         "not_composable", 422, _INVALID, "These adapters cannot be combined exactly, or not so; `faults` says which and where."
     ),
-    ErrorCode("idempotency_key_reused", 422, _INVALID, "The Idempotency-Key came with another request in the last 24 hours."),
     ErrorCode("validation", 422, _INVALID, "A parameter of /generate is malformed, unknown or out of range."),
     ErrorCode("no_task_head", 422, _INVALID, "The adapter has no classifier; the message names those of yours that have one."),
     ErrorCode("program_too_large", 422, _INVALID, "The adapter is larger than what the device's bank may hold."),
@@ -84,6 +83,7 @@ TABLE = (
         "The queue is full, or you have too much in it; wait as long as Retry-After says.",
         retry=True,
     ),
+    ErrorCode("too_many_uploads", 429, "rate_limit_error", "You have 32 unfinished uploads; finish or cancel some."),
     ErrorCode("internal_error", 500, _SERVER, "The server failed on this request; its log has the request id."),
     ErrorCode(
         "non_finite_output", 500, _SERVER, "The computation overflowed for this adapter and prompt; nobody else was affected."
