@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,11 @@ class Store:
     def files(self, version: AdapterVersion) -> dict[str, Path]:
         """Local files of a version by role."""
         return {role: self._blobs.path(sha256) for role, sha256 in version.blobs.items()}
+
+    @contextmanager
+    def checkout(self, version: AdapterVersion) -> Iterator[dict[str, Path]]:
+        """Local files of a version by role, while the context is open."""
+        yield self.files(version)
 
     def sweep(self) -> int:
         """Remove blobs that no version names and uploads that nobody finishes. Only while no upload is under way. Returns how many blobs."""

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,8 @@ def build_services(settings: Settings) -> Services:
         dtype,
         settings.data_dir / "programs",
         max_program_bytes=min(settings.bank_bytes, settings.host_bytes),
+        max_disk_bytes=settings.disk_bytes,
+        on_unused=_dropper(engine),
     )
     registry: ResidencyRegistry = LocalResidency() if settings.redis_url is None else RedisResidency(settings.redis_url)
     tokenizer = Tokenizer(base.path)
@@ -135,6 +137,18 @@ def create_app(services: Services) -> FastAPI:
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(Edge, keys=services.keys, metrics=services.metrics)
     return app
+
+
+def _dropper(engine: EngineClient) -> Callable[[str], None]:
+    """Has the engine free a program, from where nothing can be awaited."""
+    under_way: set[asyncio.Task[None]] = set()
+
+    def drop(program_id: str) -> None:
+        task = asyncio.create_task(engine.drop_program(program_id))
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+
+    return drop
 
 
 def pick_dtype(wanted: str) -> str:

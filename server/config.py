@@ -36,6 +36,7 @@ class Settings:
     max_waiting: int
     bank_bytes: int
     host_bytes: int
+    disk_bytes: int
     max_upload_bytes: int
     threads: int
     prefix_caching: bool
@@ -89,6 +90,9 @@ TABLE = (
     Setting("max_waiting", "512", "count", "Most sequences that wait; beyond it requests get 429 with Retry-After."),
     Setting("bank_bytes", "1GiB", "bytes", "Memory for adapters that are resident on the device."),
     Setting("host_bytes", "1GiB", "bytes", "Memory for adapters that are kept ready in host memory."),
+    Setting(
+        "disk_bytes", "64GiB", "bytes", "Disk space for lowered adapters; what goes is made again from the upload when asked for."
+    ),
     Setting("max_upload_bytes", "1GiB", "bytes", "Largest upload, before and after unpacking."),
     Setting("threads", "0", "count", "Threads of the engine; 0 leaves the choice to PyTorch."),
     Setting("prefix_caching", "true", "flag", "Whether requests of one tenant and adapter share K/V of equal prompt beginnings."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from typing import Any
 
 from fastapi import APIRouter, Query
@@ -55,8 +56,9 @@ async def push(request: Request, name: str | None = Query(default=None)) -> JSON
             check_name(name)
             staged = await asyncio.to_thread(staging.finish)
             staged = await asyncio.to_thread(services.store.with_children, tenant, staged)
-            program = await services.lowerer.ensure(tenant, staged.digest, staged.paths)
-            version = await asyncio.to_thread(services.store.commit, tenant, name, staged, program.facts)
+            with services.lowerer.using(((staged.digest, 1.0),)):
+                program = await services.lowerer.ensure(tenant, staged.digest, lambda: nullcontext(staged.paths))
+                version = await asyncio.to_thread(services.store.commit, tenant, name, staged, program.facts)
         result = "published"
         services.metrics.upload_bytes.inc(version.nbytes)
         request.state.adapter = version.digest
