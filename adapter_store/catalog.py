@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,6 +163,15 @@ class Catalog:
         """Whether any tenant has a version with this digest."""
         with self._engine.connect() as connection:
             return connection.execute(select(_versions.c.number).where(_versions.c.digest == digest).limit(1)).first() is not None
+
+    def names_of(self, digests: Collection[str]) -> dict[str, list[AdapterVersion]]:
+        """All versions of all tenants with these digests, by digest."""
+        wanted = select(_versions).where(_versions.c.digest.in_(digests)).order_by(_versions.c.tenant, _versions.c.name)
+        found: dict[str, list[AdapterVersion]] = {}
+        with self._engine.connect() as connection:
+            for row in connection.execute(wanted):
+                found.setdefault(row.digest, []).append(_version(row))
+        return found
 
     def count(self) -> int:
         """Names over all tenants."""

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,10 @@ class Store:
     def digests(self) -> set[str]:
         """The digests of everything stored, whoever has it."""
         return self._catalog.digests()
+
+    def names_of(self, digests: Collection[str]) -> dict[str, list[AdapterVersion]]:
+        """All versions of all tenants with these digests. For operators only."""
+        return self._catalog.names_of(digests)
 
     def files(self, version: AdapterVersion) -> dict[str, Path]:
         """Local files of a version by role."""

@@ -113,11 +113,7 @@ async def delete(request: Request, reference: str) -> dict[str, Any]:
         gone: list[AdapterVersion] = await asyncio.to_thread(services.store.delete, request.state.tenant, reference)
     except StoreError as error:
         raise from_store_error(error) from error
-    for version in gone:
-        # The same files may be somebody else's adapter, or this tenant's under another name.
-        if not await asyncio.to_thread(services.store.has_digest, version.digest):
-            for program_id in services.lowerer.forget(version.digest):
-                await services.engine.drop_program(program_id)
+    await services.replica.delete([version.digest for version in gone])
     return {
         "object": "adapter.deleted",
         "deleted": [{"name": item.name, "version": f"v{item.number}", "digest": item.digest} for item in gone],
