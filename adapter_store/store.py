@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,13 @@ class Store:
         """The tenants that have an adapter of these files. For the server's own care, never for an answer."""
         return self._catalog.tenants_of(digest)
 
+    def names_of(self, digests: Collection[str]) -> dict[str, list[AdapterVersion]]:
+        """All versions of all tenants with these digests. For operators only."""
+        found: dict[str, list[AdapterVersion]] = {}
+        for version in self._catalog.with_digests(digests):
+            found.setdefault(version.digest, []).append(version)
+        return found
+
     def digests(self) -> set[str]:
         """The digests of everything stored, whoever has it."""
         return self._catalog.digests()
@@ -226,6 +233,12 @@ class Store:
     def pins(self) -> set[tuple[str, str]]:
         """(tenant, digest) of every pin."""
         return self._pins.all()
+
+    def pinned_versions(self) -> list[AdapterVersion]:
+        """What is pinned, whoever pinned it: a version of each (tenant, digest)."""
+        pins = self.pins()
+        found = self._catalog.with_digests({digest for _, digest in pins})
+        return list({(item.tenant, item.digest): item for item in found if (item.tenant, item.digest) in pins}.values())
 
     def touch(self, used: Mapping[tuple[str, str, int], float]) -> None:
         """Write down when versions (tenant, name, number) were last used, in seconds since the epoch."""

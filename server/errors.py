@@ -5,11 +5,13 @@ ApiError
 ├── from_store_error     adapter_store.errors.StoreError
 ├── from_lowering_error  server.adapters.faults.LoweringError
 ├── from_turns           server.adapters.turns.TooManyWaiting
+├── from_quarantine      server.quarantine.Record
 └── from_engine          server.engine.client's exceptions, and errors inside a stream
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from server.adapters.faults import LoweringError
 from server.adapters.turns import TooManyWaiting
 from server.engine.client import EngineOverloaded, EngineUnavailable
 from server.engine.types import RequestError
+from server.quarantine import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ TABLE = (
     ErrorCode("invalid_alias", 400, _INVALID, "An alias means 1 to 16 adapters, each once, with weights above 0, and no alias."),
     ErrorCode("missing_api_key", 401, "authentication_error", "Send `Authorization: Bearer KEY`."),
     ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
+    ErrorCode("operator_only", 403, "permission_error", "The route shows the server as a whole, and needs an operator's key."),
     ErrorCode("not_found", 404, _INVALID, "There is no such route; see docs/API.md."),
     ErrorCode("adapter_not_found", 404, _INVALID, "No such adapter for this tenant. The same for `not yours` and `not there`."),
     ErrorCode("blob_not_found", 404, _INVALID, "You have no such blob or file. The same for `not yours` and `not there`."),
@@ -62,6 +66,13 @@ TABLE = (
     ErrorCode("idempotency_key_in_use", 409, _INVALID, "A request with this Idempotency-Key is running.", retry=True),
     ErrorCode("pin_limit", 409, _INVALID, "Pinned adapters may take half of the device's bank; unpin others first."),
     ErrorCode("precondition_failed", 412, _INVALID, "If-Match or If-None-Match does not hold: the name has changed; read it again."),
+    # The state of the adapter stands against it, and its owner can change that: neither a bad body (422) nor a busy server (503).
+    ErrorCode(
+        "adapter_quarantined",
+        409,
+        _INVALID,
+        "The adapter failed three times in a row for this tenant; push a new version of it, or POST /v1/adapters/{name}/load.",
+    ),
     ErrorCode("body_too_large", 413, _INVALID, "The JSON body is over 2 MiB."),
     ErrorCode("upload_too_large", 413, _INVALID, "The upload is over max_upload_bytes."),
     ErrorCode("unsupported_encoding", 415, _INVALID, "Compressed request bodies are refused; send them plain."),
@@ -217,6 +228,17 @@ def from_engine(error: EngineOverloaded | EngineUnavailable | RequestError) -> A
 def from_turns(error: TooManyWaiting) -> ApiError:
     """A tenant that asks for more lowering than is done for it at a time."""
     return ApiError("overloaded", str(error), retry_after_s=error.retry_after_s)
+
+
+def from_quarantine(record: Record, names: Sequence[str]) -> ApiError:
+    """What a tenant asks for under these names failed it too often."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.at))
+    return ApiError(
+        "adapter_quarantined",
+        f"{' + '.join(names)} failed {record.failures} times in a row, last at {when} with {record.code}, and is refused until you push "
+        f"a new version of it or POST /v1/adapters/{names[0].partition('@')[0]}/load",
+        param="model",
+    )
 
 
 def _rejected(faults: Sequence[Any]) -> ApiError:

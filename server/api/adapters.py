@@ -73,7 +73,7 @@ async def delete(request: Request, reference: str) -> dict[str, Any]:
     services = request.app.state.services
     store: Store = services.store
     gone = await stored(store.delete, request.state.tenant, reference, write_condition(request))
-    await services.forget({version.digest for version in gone})
+    await services.replica.delete(sorted({version.digest for version in gone}))
     return {
         "object": "adapter.deleted",
         "deleted": [{"name": item.name, "version": f"v{item.number}", "digest": item.digest} for item in gone],

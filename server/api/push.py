@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -56,17 +55,12 @@ class Manifest(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What becomes of an upload: the name, the tag that is moved, and under which condition."""
+    """What becomes of an upload: the name, the tag that is moved, under which condition, and the key that makes it happen once."""
 
     name: str
     tag: str
     condition: Condition
     key: str | None
-
-    def fingerprint(self, staged: StagedAdapter) -> str:
-        """The same for the same request, by which a repeated one is told from another under the same key."""
-        parts = [self.name, self.tag, staged.digest, self.condition.match, self.condition.absent]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class InProgress:
@@ -144,9 +138,12 @@ async def _push(request: Request, name: str | None, tag: str | None, condition: 
             return replay
         with services.lowerer.using(((staged.digest, 1.0),)):
             program = await services.lowerer.ensure(tenant, staged.digest, lambda: nullcontext(staged.paths))
-            version = await asyncio.to_thread(_commit, store, tenant, wanted, staged, program.facts)
+            version = await _commit(store, tenant, wanted, staged, program.facts)
     services.metrics.upload_bytes.inc(version.nbytes)
     request.state.adapter = version.digest
+    # Another replica may have published under the key meanwhile: then its reply is the reply.
+    if key is not None and (replay := await _replay(store, tenant, wanted, staged)) is not None:
+        return replay
     return Response(_reply(version, staged), 201, media_type="application/json")
 
 
@@ -184,13 +181,26 @@ async def _replay(store: Store, tenant: str, wanted: Wanted, staged: StagedAdapt
     replay = await asyncio.to_thread(store.replay, tenant, wanted.key)
     if replay is None:
         return None
-    if replay.fingerprint != wanted.fingerprint(staged):
+    if replay.fingerprint != store.fingerprint(wanted.name, staged, wanted.tag):
         raise IdempotencyKeyReused("this Idempotency-Key was used for another request; take a new one")
     return Response(replay.body, replay.status, {"idempotent-replayed": "true"}, media_type="application/json")
 
 
-def _commit(store: Store, tenant: str, wanted: Wanted, staged: StagedAdapter, facts: dict[str, Any]) -> AdapterVersion:
-    return store.commit(tenant, wanted.name, staged, facts, tag=wanted.tag, condition=wanted.condition)
+async def _commit(store: Store, tenant: str, wanted: Wanted, staged: StagedAdapter, facts: dict[str, Any]) -> AdapterVersion:
+    def reply(version: AdapterVersion) -> tuple[int, str]:
+        return 201, _reply(version, staged)
+
+    return await asyncio.to_thread(
+        store.commit,
+        tenant,
+        wanted.name,
+        staged,
+        facts,
+        tag=wanted.tag,
+        condition=wanted.condition,
+        idempotency_key=wanted.key,
+        reply=reply if wanted.key is not None else None,
+    )
 
 
 def _reply(version: AdapterVersion, staged: StagedAdapter) -> str:
