@@ -60,12 +60,23 @@ TABLE = (
     ErrorCode("upload_not_found", 404, _INVALID, "There is no such upload of yours, or it is over a day old; begin another."),
     ErrorCode("method_not_allowed", 405, _INVALID, "The route exists but not with this HTTP method."),
     ErrorCode("duplicate_request", 409, _INVALID, "A request with this id is already running."),
-    ErrorCode("name_taken", 409, _INVALID, "The name is an alias's where an adapter is meant, or an adapter's where an alias is."),
-    ErrorCode("version_in_use", 409, _INVALID, "Tags or aliases name what is to be deleted; the message says which. Move them first."),
-    ErrorCode("upload_offset_mismatch", 409, _INVALID, "The bytes do not go there; ask with HEAD how far the upload is, and go on from there."),
+    ErrorCode(
+        "name_taken", 409, _INVALID, "The name is an alias's where an adapter is meant, or an adapter's where an alias is."
+    ),
+    ErrorCode(
+        "version_in_use", 409, _INVALID, "Tags or aliases name what is to be deleted; the message says which. Move them first."
+    ),
+    ErrorCode(
+        "upload_offset_mismatch",
+        409,
+        _INVALID,
+        "The bytes do not go there; ask with HEAD how far the upload is, and go on from there.",
+    ),
     ErrorCode("idempotency_key_in_use", 409, _INVALID, "A request with this Idempotency-Key is running.", retry=True),
     ErrorCode("pin_limit", 409, _INVALID, "Pinned adapters may take half of the device's bank; unpin others first."),
-    ErrorCode("precondition_failed", 412, _INVALID, "If-Match or If-None-Match does not hold: the name has changed; read it again."),
+    ErrorCode(
+        "precondition_failed", 412, _INVALID, "If-Match or If-None-Match does not hold: the name has changed; read it again."
+    ),
     # The state of the adapter stands against it, and its owner can change that: neither a bad body (422) nor a busy server (503).
     ErrorCode(
         "adapter_quarantined",

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from adapter_store.aliases import MAX_TARGETS
-from adapter_store.types import Alias, Target
 from adapter_store.store import Store
+from adapter_store.types import Alias, Target
 from server.api.conditions import quoted, write_condition
 from server.api.schemas import AdapterReference, Strict
 from server.api.stored import stored
@@ -39,7 +39,11 @@ async def list_aliases(
     """The tenant's aliases by name; ``next`` is the ``after`` of the following page."""
     store: Store = request.app.state.services.store
     found = await stored(store.aliases, request.state.tenant, limit, after)
-    return {"object": "list", "data": [_describe(item) for item in found], "next": found[-1].name if len(found) == limit else None}
+    return {
+        "object": "list",
+        "data": [_describe(item) for item in found],
+        "next": found[-1].name if len(found) == limit else None,
+    }
 
 
 @router.get("/{name}")

@@ -14,11 +14,11 @@ from pydantic import Field, StringConstraints, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from adapter_store.types import AdapterVersion, Condition
 from adapter_store.errors import IdempotencyKeyReused, StoreError
 from adapter_store.manifest import NAME_GRAMMAR, check_name, parse_blob_digest
 from adapter_store.staging import StagedAdapter, Staging
 from adapter_store.store import Store
+from adapter_store.types import AdapterVersion, Condition
 from server.adapters.faults import LoweringError
 from server.adapters.turns import TooManyWaiting
 from server.api.conditions import idempotency_key, write_condition

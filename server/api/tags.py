@@ -9,8 +9,8 @@ from pydantic import StringConstraints
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from adapter_store.types import AdapterRecord
 from adapter_store.store import Store
+from adapter_store.types import AdapterRecord
 from server.api.conditions import quoted, write_condition
 from server.api.schemas import Strict
 from server.api.stored import stored
