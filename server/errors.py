@@ -2,9 +2,7 @@
 
 ApiError
 ├── raised by routes, with a code of TABLE
-├── from_store_error     adapter_store.errors.StoreError
-├── from_lowering_error  server.adapters.faults.LoweringError
-├── from_turns           server.adapters.turns.TooManyWaiting
+├── from_adapter_error   adapter_store.errors.StoreError, server.adapters.faults.LoweringError, server.adapters.turns.TooManyWaiting
 ├── from_quarantine      server.quarantine.Record
 └── from_engine          server.engine.client's exceptions, and errors inside a stream
 """
@@ -212,7 +210,21 @@ _TGI_TYPES = dict.fromkeys(
 ) | {"overloaded": "overloaded"}
 
 
-def from_store_error(error: StoreError) -> ApiError:
+ADAPTER_ERRORS = (StoreError, LoweringError, TooManyWaiting)
+"""What using, changing or making an adapter raises; routes let them pass."""
+
+
+def from_adapter_error(error: Exception) -> ApiError:
+    """One of ADAPTER_ERRORS, as the caller should see it."""
+    if isinstance(error, LoweringError):
+        return _from_lowering_error(error)
+    if isinstance(error, TooManyWaiting):
+        return ApiError("overloaded", str(error), retry_after_s=error.retry_after_s)
+    assert isinstance(error, StoreError)
+    return _from_store_error(error)
+
+
+def _from_store_error(error: StoreError) -> ApiError:
     """A store error, as the caller should see it."""
     if isinstance(error, AdapterRejected):
         return _rejected(error.faults)
@@ -221,7 +233,7 @@ def from_store_error(error: StoreError) -> ApiError:
     return ApiError(code, message)
 
 
-def from_lowering_error(error: LoweringError) -> ApiError:
+def _from_lowering_error(error: LoweringError) -> ApiError:
     """A refused upload, or adapters that cannot be combined."""
     faults = [fault for fault in error.faults if fault.code == "not_composable"]
     return _refused("not_composable", "adapters cannot be combined", faults) if faults else _rejected(error.faults)
@@ -234,22 +246,6 @@ def from_engine(error: EngineOverloaded | EngineUnavailable | RequestError) -> A
     if isinstance(error, EngineUnavailable):
         return ApiError(error.code, CODES[error.code].meaning)
     return ApiError(error.code if error.code in CODES else "internal_error", error.message)
-
-
-def from_turns(error: TooManyWaiting) -> ApiError:
-    """A tenant that asks for more lowering than is done for it at a time."""
-    return ApiError("overloaded", str(error), retry_after_s=error.retry_after_s)
-
-
-def from_quarantine(record: Record, names: Sequence[str]) -> ApiError:
-    """What a tenant asks for under these names failed it too often."""
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.at))
-    return ApiError(
-        "adapter_quarantined",
-        f"{' + '.join(names)} failed {record.failures} times in a row, last at {when} with {record.code}, and is refused until you push "
-        f"a new version of it or POST /v1/adapters/{names[0].partition('@')[0]}/load",
-        param="model",
-    )
 
 
 def _rejected(faults: Sequence[Any]) -> ApiError:

@@ -15,6 +15,7 @@ from adapter_store.residency import LOST, Message, ResidencyRegistry
 from adapter_store.store import Store
 from server.adapters.lowerer import LowererClient
 from server.engine.client import EngineClient
+from server.pins import Pins
 from server.residents import Residents
 
 LEASE_S = 10.0
@@ -25,6 +26,10 @@ RETRY_S = 0.5
 """How long a registry that does not answer is left alone."""
 
 log = logging.getLogger(__name__)
+
+
+PINS_CHANGED: Message = {"kind": "pins"}
+"""The announcement that the catalog's pins are not what they were."""
 
 
 def deleted(digests: list[str]) -> Message:
@@ -43,6 +48,7 @@ class Replica:
         store: Store,
         lowerer: LowererClient,
         engine: EngineClient,
+        pins: Pins,
     ) -> None:
         self.name = name
         self.is_degraded = False
@@ -51,6 +57,7 @@ class Replica:
         self._store = store
         self._lowerer = lowerer
         self._engine = engine
+        self._pins = pins
         self._is_entered = False
         self._beat = 0.0
 
@@ -85,9 +92,15 @@ class Replica:
 
     async def delete(self, digests: list[str]) -> None:
         """Adapters were deleted here: free what nobody has any more, on all replicas."""
+        await self._pins.sync()
         await self._drop_unused(digests)
         with contextlib.suppress(StoreUnavailable):
             await self._registry.announce(deleted(digests))
+
+    async def tell_pins(self) -> None:
+        """Pins were changed here: have the other replicas look."""
+        with contextlib.suppress(StoreUnavailable):
+            await self._registry.announce(PINS_CHANGED)
 
     async def _tell(self) -> None:
         """Publish what changed, or everything; and stay alive."""
@@ -105,6 +118,8 @@ class Replica:
             await self._registry.publish(self.name, program_id, state.value)
 
     async def _heed(self, message: Message) -> None:
+        if message in (LOST, PINS_CHANGED) or message.get("kind") == "deleted":
+            await self._pins.sync()
         if message == LOST:
             stored = await asyncio.to_thread(self._store.digests)
             await self._drop_unused(sorted({digest for item in self._residents for digest in item.digests} - stored))

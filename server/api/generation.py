@@ -33,7 +33,8 @@ from server.engine.types import (
     TaskResult,
     TokenLogprob,
 )
-from server.errors import ApiError, from_engine, from_lowering_error, from_quarantine, from_store_error, from_turns
+from server.errors import ApiError, from_engine, from_quarantine
+from server.last_used import LastUsed
 from server.metrics import Metrics
 from server.quarantine import Quarantine
 from server.residents import Residents
@@ -129,6 +130,7 @@ class Generation:
         metrics: Metrics,
         residents: Residents,
         quarantine: Quarantine,
+        last_used: LastUsed,
         base_names: Sequence[str],
     ) -> None:
         self.tokenizer = tokenizer
@@ -138,6 +140,7 @@ class Generation:
         self._metrics = metrics
         self._residents = residents
         self._quarantine = quarantine
+        self._last_used = last_used
         self._base_names = frozenset(base_names)
 
     @property
@@ -148,7 +151,10 @@ class Generation:
         return self._engine.info
 
     async def resolve(self, tenant: str, held: ExitStack, wanted: Selection, task: Task = Task.GENERATE) -> Resolved:
-        """The program of what is asked for, made again if its file is gone. The file stays until ``held`` is closed. Raises ApiError."""
+        """The program of what is asked for, made again if its file is gone. The file stays until ``held`` is closed.
+
+        Raises ApiError, and the ADAPTER_ERRORS.
+        """
         if task not in self.info.tasks:
             raise ApiError("task_not_served", _NOT_SERVED[task])
         is_base = wanted.name is None or wanted.name in self._base_names
@@ -166,14 +172,7 @@ class Generation:
             raise ApiError(
                 "not_composable", f"adapter_drop is {wanted.drop}, and the base has {layers} layers", param="adapter_drop"
             )
-        try:
-            program, digests = await self._program(tenant, held, named, wanted)
-        except StoreError as error:
-            raise from_store_error(error) from error
-        except LoweringError as error:
-            raise from_lowering_error(error) from error
-        except TooManyWaiting as error:
-            raise from_turns(error) from error
+        program, digests = await self._program(tenant, held, named, wanted)
         if (record := self._quarantine.refusal(tenant, program.program_id)) is not None:
             raise from_quarantine(record, [name for name, _ in named])
         self._residents.asked(program.program_id, digests)

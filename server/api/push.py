@@ -14,18 +14,16 @@ from pydantic import Field, StringConstraints, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from adapter_store.errors import IdempotencyKeyReused, StoreError
+from adapter_store.errors import IdempotencyKeyReused
 from adapter_store.manifest import NAME_GRAMMAR, check_name, parse_blob_digest
 from adapter_store.staging import StagedAdapter, Staging
 from adapter_store.store import Store
 from adapter_store.types import AdapterVersion, Condition
-from server.adapters.faults import LoweringError
-from server.adapters.turns import TooManyWaiting
 from server.api.conditions import idempotency_key, write_condition
 from server.api.describe import describe
 from server.api.multipart import MAX_PARTS, receive
 from server.api.schemas import Strict
-from server.errors import ApiError, from_lowering_error, from_store_error, from_turns
+from server.errors import ADAPTER_ERRORS, ApiError
 
 router = APIRouter(prefix="/v1/adapters")
 MAX_MANIFEST_BYTES = 64 << 10
@@ -110,15 +108,9 @@ async def push(
             reply = await _push(request, name, tag, condition, key)
         result = "published"
         return reply
-    except StoreError as error:
+    except ADAPTER_ERRORS:
         result = "refused"
-        raise from_store_error(error) from error
-    except LoweringError as error:
-        result = "refused"
-        raise from_lowering_error(error) from error
-    except TooManyWaiting as error:
-        result = "refused"
-        raise from_turns(error) from error
+        raise
     except ClientDisconnect as error:
         result = "aborted"
         raise ApiError("invalid_request", "the upload ended before all of it had arrived") from error
@@ -138,13 +130,10 @@ async def _push(request: Request, name: str | None, tag: str | None, condition: 
             return replay
         with services.lowerer.using(((staged.digest, 1.0),)):
             program = await services.lowerer.ensure(tenant, staged.digest, lambda: nullcontext(staged.paths))
-            version = await _commit(store, tenant, wanted, staged, program.facts)
+            version, reply = await _commit(store, tenant, wanted, staged, program.facts)
     services.metrics.upload_bytes.inc(version.nbytes)
     request.state.adapter = version.digest
-    # Another replica may have published under the key meanwhile: then its reply is the reply.
-    if key is not None and (replay := await _replay(store, tenant, wanted, staged)) is not None:
-        return replay
-    return Response(_reply(version, staged), 201, media_type="application/json")
+    return reply
 
 
 async def _receive(request: Request, staging: Staging) -> dict[str, str]:
@@ -186,22 +175,20 @@ async def _replay(store: Store, tenant: str, wanted: Wanted, staged: StagedAdapt
     return Response(replay.body, replay.status, {"idempotent-replayed": "true"}, media_type="application/json")
 
 
-async def _commit(store: Store, tenant: str, wanted: Wanted, staged: StagedAdapter, facts: dict[str, Any]) -> AdapterVersion:
+async def _commit(
+    store: Store, tenant: str, wanted: Wanted, staged: StagedAdapter, facts: dict[str, Any]
+) -> tuple[AdapterVersion, Response]:
+    """The version and the reply: another replica's, if it published under the key meanwhile."""
+    made: list[str] = []
+
     def reply(version: AdapterVersion) -> tuple[int, str]:
-        return 201, _reply(version, staged)
+        made.append(json.dumps({**describe(version), "skipped": list(staged.skipped)}))
+        return 201, made[0]
 
-    return await asyncio.to_thread(
-        store.commit,
-        tenant,
-        wanted.name,
-        staged,
-        facts,
-        tag=wanted.tag,
-        condition=wanted.condition,
-        idempotency_key=wanted.key,
-        reply=reply if wanted.key is not None else None,
+    keyed: dict[str, Any] = {} if wanted.key is None else {"idempotency_key": wanted.key, "reply": reply}
+    version = await asyncio.to_thread(
+        store.commit, tenant, wanted.name, staged, facts, tag=wanted.tag, condition=wanted.condition, **keyed
     )
-
-
-def _reply(version: AdapterVersion, staged: StagedAdapter) -> str:
-    return json.dumps({**describe(version), "skipped": list(staged.skipped)})
+    if wanted.key is not None and not made and (replay := await _replay(store, tenant, wanted, staged)) is not None:
+        return version, replay
+    return version, Response(made[0] if made else reply(version)[1], 201, media_type="application/json")
