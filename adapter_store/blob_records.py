@@ -87,7 +87,7 @@ class BlobRecords:
             with self._database.write() as connection:
                 connection.execute(self._database.insert(blobs).on_conflict_do_nothing(), unknown)
 
-    def measure(self, size_of: Callable[[str], int]) -> None:
+    def measure(self, size_of: Callable[[str], int | None]) -> None:
         """Write down the sizes of blobs that an older store has left without."""
         with self._database.read() as connection:
             unmeasured = list(connection.execute(select(blobs.c.sha256).where(blobs.c.nbytes.is_(None))).scalars())

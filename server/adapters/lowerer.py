@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,9 @@ class LowererClient:
         """The id of the program that a single adapter lowers to."""
         return program_id(((digest, 1.0),), self._base_digest)
 
-    async def ensure(self, tenant: str, digest: str, files: Mapping[str, Path]) -> LoweredProgram:
-        """The program of the adapter with these files by role, lowered now unless it is there.
+    async def ensure(self, tenant: str, digest: str, files: AbstractContextManager[Mapping[str, Path]]) -> LoweredProgram:
+        """The program of the adapter with these files by role, lowered now unless it is there. Only then are they asked for, and they are
+        held for as long as it takes, whoever goes away meanwhile.
 
         Raises LoweringError with all faults, and TooManyWaiting when the tenant has too much under way.
         """
@@ -170,11 +171,13 @@ class LowererClient:
         # One caller that goes away must not take the work from the others.
         return await asyncio.shield(task)
 
-    async def _ensure(self, tenant: str, name: str, files: Mapping[str, Path]) -> LoweredProgram:
+    async def _ensure(self, tenant: str, name: str, files: AbstractContextManager[Mapping[str, Path]]) -> LoweredProgram:
         path = self._path(name)
         if path.exists():
             return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
-        return await self._make(tenant, Job({role: str(file) for role, file in files.items()}, str(path), name))
+        with ExitStack() as held:
+            paths = await asyncio.to_thread(held.enter_context, files)
+            return await self._make(tenant, Job({role: str(file) for role, file in paths.items()}, str(path), name))
 
     async def _compose(self, tenant: str, name: str, parts: Sequence[tuple[str, float]], drop: int) -> LoweredProgram:
         if (path := self._composites.find(name)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from typing import Any
 
 from fastapi import APIRouter, Query
@@ -55,7 +56,7 @@ async def push(request: Request, name: str | None = Query(default=None)) -> JSON
             check_name(name)
             staged = await asyncio.to_thread(staging.finish)
             staged = await asyncio.to_thread(services.store.with_children, tenant, staged)
-            program = await services.lowerer.ensure(tenant, staged.digest, staged.paths)
+            program = await services.lowerer.ensure(tenant, staged.digest, nullcontext(staged.paths))
             version = await asyncio.to_thread(services.store.commit, tenant, name, staged, program.facts)
         result = "published"
         services.metrics.upload_bytes.inc(version.nbytes)

@@ -178,8 +178,7 @@ class Generation:
         if len(set(digests)) < len(digests):
             raise ApiError("not_composable", "the same adapter is named twice; add its weights up", param="adapters")
         for version in versions:
-            files = await asyncio.to_thread(self._store.files, version)
-            program = await self._lowerer.ensure(tenant, version.digest, files)
+            program = await self._lowerer.ensure(tenant, version.digest, self._store.checkout(version))
         parts = [(digest, weight) for digest, (_, weight) in zip(digests, named, strict=True)]
         if len(parts) > 1 or parts[0][1] != 1.0 or drop:
             held.enter_context(self._lowerer.using(parts, drop))

@@ -171,8 +171,10 @@ async def test_the_lowering_process_reads_every_file_of_an_adapter(tmp_path: Pat
     client = LowererClient(base_directory("llama"), "0" * 64, "float32", tmp_path)
     await client.start(stored=())
     try:
-        fusion = await client.ensure("acme", "sha256:1", golden_files(GOLDEN / "cases" / "llama-fusion"))
-        headed = await client.ensure("acme", "sha256:2", golden_files(GOLDEN / "cases" / "llama-lm_head_trained"))
+        fusion = await client.ensure("acme", "sha256:1", contextlib.nullcontext(golden_files(GOLDEN / "cases" / "llama-fusion")))
+        headed = await client.ensure(
+            "acme", "sha256:2", contextlib.nullcontext(golden_files(GOLDEN / "cases" / "llama-lm_head_trained"))
+        )
     finally:
         await client.stop()
     assert (fusion.facts["method"], fusion.facts["sites"]) == ("fusion", 2)
