@@ -76,25 +76,20 @@ class BlobRecords:
                 remove_bytes(sha256)
             return gone
 
-    def adopt(self, stored: Iterable[str]) -> None:
-        """Note what is stored without a row, so that a sweep in an hour or later removes what nobody needs of it."""
+    def take_over(self, stored: Callable[[], Iterable[str]], size_of: Callable[[str], int | None]) -> None:
+        """Complete the rows of a store that was made before there were any: the sizes of the blobs that its versions name, and
+        rows for blobs that nobody needs. ``stored`` gives the digests of all blobs. Does nothing to any other store."""
         with self._database.read() as connection:
-            known = set(connection.execute(select(blobs.c.sha256)).scalars())
-        unknown = [
-            {"sha256": sha256, "nbytes": None, "touched": self._database.now()} for sha256 in stored if sha256 not in known
-        ]
-        if unknown:
-            with self._database.write() as connection:
-                connection.execute(self._database.insert(blobs).on_conflict_do_nothing(), unknown)
-
-    def measure(self, size_of: Callable[[str], int | None]) -> None:
-        """Write down the sizes of blobs that an older store has left without."""
-        with self._database.read() as connection:
-            unmeasured = list(connection.execute(select(blobs.c.sha256).where(blobs.c.nbytes.is_(None))).scalars())
-        for sha256 in unmeasured:
-            nbytes = size_of(sha256)
-            with self._database.write() as connection:
-                connection.execute(update(blobs).where(blobs.c.sha256 == sha256).values(nbytes=nbytes))
+            if connection.execute(select(blobs.c.sha256).where(blobs.c.nbytes.is_(None)).limit(1)).first() is None:
+                return
+        now = self._database.now()
+        rows = [{"sha256": sha256, "nbytes": size_of(sha256), "touched": now} for sha256 in stored()]
+        with self._database.write() as connection:
+            insert = self._database.insert(blobs)
+            sized = insert.on_conflict_do_update(index_elements=["sha256"], set_={"nbytes": insert.excluded.nbytes})
+            connection.execute(sized, sorted(rows, key=lambda row: str(row["sha256"])))
+            # What is not stored is found out by who wants it; its size is not worth looking for at every start.
+            connection.execute(update(blobs).where(blobs.c.nbytes.is_(None)).values(nbytes=0))
 
     def expire(self) -> None:
         """Forget ownerships that have ended."""

@@ -19,7 +19,6 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from adapter_store.errors import StorageFull, StoreError, StoreUnavailable
-from adapter_store.schema import metadata
 
 _WAIT_MS = 10_000
 _POSTGRES_DISK_FULL = "53100"
@@ -38,8 +37,6 @@ class Database:
         else:
             self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._writing = self._engine.execution_options(writes=True)
-        with self.write() as connection:
-            metadata.create_all(connection)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

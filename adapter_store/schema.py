@@ -15,6 +15,8 @@ ADAPTER, ALIAS = "adapter", "alias"
 
 metadata = MetaData()
 
+_BIG = BigInteger().with_variant(Integer(), "sqlite")  # SQLite's integers are all of 64 bits
+
 
 def _text(length: int) -> String:
     """Compared byte by byte, so that pages have the same order in every database."""
@@ -42,7 +44,7 @@ versions = Table(
     Column("number", Integer, primary_key=True),
     Column("digest", _text(71), nullable=False),
     Column("created", Float, nullable=False),
-    Column("nbytes", BigInteger, nullable=False),
+    Column("nbytes", _BIG, nullable=False),
     Column("facts", Text, nullable=False),  # JSON
     Column("last_used", Float),
     ForeignKeyConstraint(["tenant", "name"], ["names.tenant", "names.name"], ondelete="CASCADE"),
@@ -52,7 +54,7 @@ blobs = Table(
     "blobs",
     metadata,
     _key("sha256", 64),
-    Column("nbytes", BigInteger),  # unknown for what an older store left, until the store has looked
+    Column("nbytes", _BIG),  # unknown for what an older store left, until the store has looked
     Column("touched", Float, nullable=False),
 )
 files = Table(

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from sqlalchemy import URL
 
+from adapter_store import migrations
 from adapter_store.aliases import Aliases
 from adapter_store.blob_cache import BlobCache
 from adapter_store.blob_records import OWNED_S, UNTOUCHED_S, BlobRecords
@@ -89,12 +90,12 @@ class Store:
         directory.mkdir(parents=True, exist_ok=True)
         local = URL.create("sqlite", database=str(directory / "catalog.sqlite"))
         database = Database(catalog_url or local, clock)
+        migrations.upgrade(database)
         if blobs_url is not None:
             cache = BlobCache(directory / "cache", blob_cache_bytes)
             return cls(database, ObjectBlobs.from_url(blobs_url, cache), directory, max_upload_bytes)
         blobs = LocalBlobs(directory / "blobs")
-        # An older store wrote down only the blobs of versions.
-        BlobRecords(database).adopt(blobs.digests())
+        BlobRecords(database).take_over(blobs.digests, blobs.size)
         return cls(database, blobs, directory, max_upload_bytes)
 
     def close(self) -> None:
@@ -317,7 +318,6 @@ class Store:
         uploads = self._uploads.sweep(day_ago)
         self._idempotency.expire()
         self._blob_records.expire()
-        self._blob_records.measure(self._blobs.size)
         blobs = sum(self._blob_records.remove(sha256, self._blobs.delete) for sha256 in self._blob_records.orphans())
         return Swept(blobs, uploads, leftovers)
 
