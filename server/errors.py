@@ -9,7 +9,6 @@ ApiError
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +18,6 @@ from server.adapters.faults import LoweringError
 from server.adapters.turns import TooManyWaiting
 from server.engine.client import EngineOverloaded, EngineUnavailable
 from server.engine.types import RequestError
-from server.quarantine import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +46,7 @@ TABLE = (
     ErrorCode("invalid_token_id", 400, _INVALID, "A token id is outside the vocabulary."),
     ErrorCode("task_not_served", 400, _INVALID, "The base model cannot do this: an encoder generates nothing; see docs/API.md."),
     ErrorCode("invalid_adapter_name", 400, _INVALID, "Names match [a-z0-9][a-z0-9._-]{0,63}; `base` is reserved."),
+    ErrorCode("invalid_digest", 400, _INVALID, "A blob's digest is sha256: and 64 lower-case hex digits."),
     ErrorCode("invalid_alias", 400, _INVALID, "An alias means 1 to 16 adapters, each once, with weights above 0, and no alias."),
     ErrorCode("missing_api_key", 401, "authentication_error", "Send `Authorization: Bearer KEY`."),
     ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
@@ -246,6 +245,17 @@ def from_engine(error: EngineOverloaded | EngineUnavailable | RequestError) -> A
     if isinstance(error, EngineUnavailable):
         return ApiError(error.code, CODES[error.code].meaning)
     return ApiError(error.code if error.code in CODES else "internal_error", error.message)
+
+
+def from_quarantine(record: Record, names: Sequence[str]) -> ApiError:
+    """What a tenant asks for under these names failed it too often."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.at))
+    return ApiError(
+        "adapter_quarantined",
+        f"{' + '.join(names)} failed {record.failures} times in a row, last at {when} with {record.code}, and is refused until you push "
+        f"a new version of it or POST /v1/adapters/{names[0].partition('@')[0]}/load",
+        param="model",
+    )
 
 
 def _rejected(faults: Sequence[Any]) -> ApiError:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from adapter_store.errors import BlobNotFound, StoreError
+from adapter_store.errors import BlobNotFound
 from adapter_store.manifest import parse_blob_digest
 from adapter_store.store import Store
 from server.errors import ApiError
@@ -48,24 +48,20 @@ async def append(request: Request, upload: str) -> Response:
     if not given.isascii() or not given.isdigit() or len(given) > 15:
         raise ApiError("invalid_request", "say in the header Upload-Offset where the body's bytes go", param="upload-offset")
     try:
-        writer = await asyncio.to_thread(store.append_blob, request.state.tenant, upload, int(given))
-        try:
+        with await asyncio.to_thread(store.append_blob, request.state.tenant, upload, int(given)) as writer:
             async for chunk in request.stream():
                 if chunk:
                     await asyncio.to_thread(writer.write, chunk)
-        finally:
-            await asyncio.to_thread(writer.close)
-        arrived = await asyncio.to_thread(store.blob_offset, request.state.tenant, upload)
     except ClientDisconnect as error:
         raise ApiError("invalid_request", "the connection broke; ask for the offset and go on from there") from error
-    return Response(status_code=204, headers={"upload-offset": str(arrived)})
+    return Response(status_code=204, headers={"upload-offset": str(writer.offset)})
 
 
 @router.put("/uploads/{upload}", status_code=201)
 async def finish(request: Request, upload: str, digest: str = Query(max_length=80)) -> JSONResponse:
     """All has arrived: check it against its digest and keep it."""
     store: Store = request.app.state.services.store
-    sha256 = _digest(digest)
+    sha256 = parse_blob_digest(digest)
     nbytes = await asyncio.to_thread(store.finish_blob, request.state.tenant, upload, sha256)
     return JSONResponse({"object": "blob", "digest": digest, "bytes": nbytes}, 201, {"location": f"/v1/blobs/{digest}"})
 
@@ -82,7 +78,7 @@ async def cancel(request: Request, upload: str) -> dict[str, str]:
 async def known(request: Request, digest: str) -> Response:
     """Whether the blob need not be sent again."""
     store: Store = request.app.state.services.store
-    nbytes = await asyncio.to_thread(store.blob, request.state.tenant, _digest(digest))
+    nbytes = await asyncio.to_thread(store.blob, request.state.tenant, parse_blob_digest(digest))
     if nbytes is None:
         raise BlobNotFound("you have no such blob")
     return Response(headers={"content-length": str(nbytes), "etag": f'"{digest}"'})
@@ -91,7 +87,7 @@ async def known(request: Request, digest: str) -> Response:
 @router.get("/{digest}")
 async def download(request: Request, digest: str) -> Response:
     """The blob's bytes."""
-    return await blob_response(request, _digest(digest))
+    return await blob_response(request, parse_blob_digest(digest))
 
 
 async def blob_response(request: Request, sha256: str, filename: str | None = None) -> Response:
@@ -110,8 +106,3 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
     with file:
         while chunk := file.read(_CHUNK):
             yield chunk
-
-
-def _digest(text: str) -> str:
-    """The 64 hex digits of ``sha256:…``. Raises ApiError."""
-    return parse_blob_digest(text)

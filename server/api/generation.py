@@ -13,11 +13,8 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
-from adapter_store.errors import StoreError
 from adapter_store.store import Store
-from server.adapters.faults import LoweringError
 from server.adapters.lowerer import LoweredProgram, LowererClient
-from server.adapters.turns import TooManyWaiting
 from server.api.selection import Selection
 from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable
 from server.engine.types import (

@@ -13,7 +13,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapter_store.errors import StoreError
 from server.api import choices, sse
 from server.api.choices import Choice
 from server.api.generation import Call, Completion, Delta, Generation

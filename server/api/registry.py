@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from adapter_store.errors import StoreError, StoreUnavailable
+from adapter_store.errors import StoreUnavailable
 from adapter_store.residency import ResidencyRegistry
 from adapter_store.types import AdapterVersion
 from server.engine.client import EngineClient
