@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from server.engine.base_dir import prepare_base
+from tests.postgres import fresh_database, running_postgres
 from tests.tiny import make_tiny
 
 TinyModels = Callable[[str], Path]
@@ -50,3 +51,20 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 def smollm2() -> Path:
     """The real default base, converted once into the data directory that the demo uses too."""
     return prepare_base(None, Path(__file__).parents[1] / ".medley").path
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a real PostgreSQL server."""
+    with running_postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database, of either kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'catalog.sqlite'}"
+        return
+    with fresh_database(request.getfixturevalue("postgres_server")) as url:
+        yield url
