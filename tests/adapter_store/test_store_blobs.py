@@ -25,7 +25,7 @@ from adapter_store.errors import (
 from adapter_store.store import AdapterVersion, Store, Swept
 from tests.adapter_store.test_store import contents, push, read
 from tests.adapter_store.uploads import good
-from tests.postgres import fresh_database, running_postgres
+from tests.postgres import fresh_database
 from tests.seaweed import BUCKET, Seaweed
 
 DAY = 24 * 3600.0
@@ -235,12 +235,6 @@ push(store, "acme", "small", 2)
     assert len([path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]) == 2
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    with running_postgres() as server:
-        yield server
-
-
 @pytest.mark.parametrize(("catalog", "blobs"), [("sqlite", "directory"), ("postgres", "directory"), ("postgres", "seaweed")])
 def test_a_sweep_beside_uploads_never_takes_what_somebody_was_told_is_stored(
     catalog: str, blobs: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -250,7 +244,7 @@ def test_a_sweep_beside_uploads_never_takes_what_somebody_was_told_is_stored(
     if catalog == "sqlite":
         race(lambda clock: Store.open(tmp_path / "store", clock=clock, blobs_url=blobs_url))
         return
-    with fresh_database(request.getfixturevalue("postgres")) as url:
+    with fresh_database(request.getfixturevalue("postgres_server")) as url:
         race(lambda clock: Store.open(tmp_path / "store", clock=clock, blobs_url=blobs_url, catalog_url=url))
 
 
