@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from contextlib import aclosing
 
 from adapter_store.errors import StoreError, StoreUnavailable
@@ -23,6 +24,8 @@ LOOK_S = 0.1
 """How often changes are looked for: what comes within is told together."""
 RETRY_S = 0.5
 """How long a registry that does not answer is left alone."""
+MAX_UNSAID = 1024
+"""Announcements that wait for the registry. Beyond it the oldest go: what others then keep, they keep until it is evicted."""
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +54,13 @@ class Replica:
         self._store = store
         self._lowerer = lowerer
         self._engine = engine
+        self._unsaid: deque[Message] = deque(maxlen=MAX_UNSAID)
         self._is_entered = False
         self._beat = 0.0
+
+    def announce(self, message: Message) -> None:
+        """Tell all replicas as soon as the registry answers; nobody waits for it."""
+        self._unsaid.append(message)
 
     async def publish(self) -> None:
         """Keep the registry up to date, until cancelled; then leave it."""
@@ -85,12 +93,17 @@ class Replica:
 
     async def delete(self, digests: list[str]) -> None:
         """Adapters were deleted here: free what nobody has any more, on all replicas."""
+        self.announce(deleted(digests))
         await self._drop_unused(digests)
-        with contextlib.suppress(StoreUnavailable):
-            await self._registry.announce(deleted(digests))
 
     async def _tell(self) -> None:
-        """Publish what changed, or everything; and stay alive."""
+        """Publish what changed, or everything; say what is to be announced; and stay alive."""
+        await self._publish_states()
+        while self._unsaid:
+            await self._registry.announce(self._unsaid[0])
+            self._unsaid.popleft()
+
+    async def _publish_states(self) -> None:
         changes = self._residents.take_changes()
         if not self._is_entered or changes is None:
             await self._registry.enter(self.name, LEASE_S, self._residents.states())
