@@ -166,8 +166,9 @@ def test_what_is_deleted_on_one_replica_leaves_the_others(cluster: Cluster, mode
             # An announcement that nobody heard is made up for, and nobody waits for it.
             cluster.redis.send_signal(signal.SIGSTOP)
             started = time.monotonic()
+            assert outcome(globex, "shared") == "served"
             globex.adapters.delete("shared")
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < 2
             time.sleep(1.6)
             cluster.redis.send_signal(signal.SIGCONT)
             wait_for(lambda: cluster.others() == [[]], 5)
@@ -229,8 +230,11 @@ def test_losing_redis_fails_nothing_and_it_is_told_everything_when_it_is_back(
     with cluster.server.client() as client, cluster.server.http() as http:
         assert outcome(client, "plain") == "served"
         wait_for(lambda: list((cluster.published() or {}).values()) == ["resident"])
+        stream = client.generate_stream("Hello", adapter="plain", max_new_tokens=400, ignore_eos_token=True)
+        next(stream)
         cluster.end_redis()
         assert outcome(client, "dora") == "served"
+        assert len(list(stream)) == 399
         wait_for(lambda: cluster.readiness() == {"status": "ok", "degraded": ["registry"]}, HEARTBEAT_S + 2)
         assert 'medley_degraded{dep="registry"} 1.0' in http.get("/metrics").text
         assert outcome(client, "plain") == "served"
