@@ -24,17 +24,21 @@ from adapter_store.residency_redis import RedisResidency
 from adapter_store.store import Store
 from server import __version__
 from server.adapters.lowerer import LowererClient
-from server.api import adapters, generate, health, openai, registry, tasks
+from server.api import adapters, aliases, blobs, generate, health, openai, push, registry, residency, tags, tasks
 from server.api.auth import Keys
 from server.api.edge import TGI_PATHS, Edge, error_response
 from server.api.generation import Generation
+from server.api.push import InProgress
 from server.config import Settings
 from server.engine.base_dir import BaseDir, prepare_base
 from server.engine.client import EngineClient
 from server.engine.settings import EngineSettings
 from server.engine.types import ProgramEvent
-from server.errors import ApiError
+from server.errors import ADAPTER_ERRORS, ApiError, from_adapter_error
+from server.last_used import LastUsed
+from server.maintenance import maintain
 from server.metrics import Metrics
+from server.pins import Pins
 from server.quarantine import Quarantine
 from server.replica import Replica
 from server.residents import Residents
@@ -58,7 +62,10 @@ class Services:
     keys: Keys
     residents: Residents
     quarantine: Quarantine
+    pins: Pins
+    last_used: LastUsed
     replica: Replica
+    pushes: InProgress = field(default_factory=InProgress)
     started: float = field(default_factory=time.time)
     draining: bool = False
 
@@ -70,6 +77,10 @@ class Services:
     @property
     def base_names(self) -> tuple[str, ...]:
         return (self.base.name, "base") if self.base.name != "base" else ("base",)
+
+    async def maintain(self) -> None:
+        """Keep the store in order, until cancelled."""
+        await maintain(self.store, self.last_used)
 
     async def holders(self, program_id: str) -> dict[str, str]:
         """Replicas that hold a program; empty while the registry does not answer."""
@@ -90,7 +101,13 @@ def build_services(settings: Settings) -> Services:
 
     engine = EngineClient(_engine_settings(settings, base, dtype), on_event=on_event)
     residents, quarantine, metrics = Residents(lambda: engine.pid), Quarantine(), Metrics(engine)
-    store = Store.open(settings.data_dir / "store", settings.max_upload_bytes)
+    store = Store.open(
+        settings.data_dir / "store",
+        max_upload_bytes=settings.max_upload_bytes,
+        catalog_url=settings.catalog_url,
+        blobs_url=settings.blobs_url,
+        blob_cache_bytes=settings.blob_cache_bytes,
+    )
     lowerer = LowererClient(
         base.path,
         base.digest,
@@ -101,7 +118,8 @@ def build_services(settings: Settings) -> Services:
         on_unused=_dropper(engine),
     )
     shared: ResidencyRegistry = LocalResidency() if settings.redis_url is None else RedisResidency(settings.redis_url)
-    replica = Replica(f"{socket.gethostname()}-{os.getpid()}", shared, residents, store, lowerer, engine)
+    pins, last_used = Pins(store, lowerer, engine), LastUsed(store)
+    replica = Replica(f"{socket.gethostname()}-{os.getpid()}", shared, residents, store, lowerer, engine, pins)
     metrics.quarantined.set_function(lambda: len(quarantine))
     metrics.degraded.labels("registry").set_function(lambda: int(replica.is_degraded))
     tokenizer = Tokenizer(base.path)
@@ -112,11 +130,13 @@ def build_services(settings: Settings) -> Services:
         registry=shared,
         engine=engine,
         lowerer=lowerer,
-        generation=Generation(engine, store, lowerer, tokenizer, metrics, residents, quarantine, (base.name, "base")),
+        generation=Generation(engine, store, lowerer, tokenizer, metrics, residents, quarantine, last_used, (base.name, "base")),
         metrics=metrics,
         keys=Keys(settings.keys_file),
         residents=residents,
         quarantine=quarantine,
+        pins=pins,
+        last_used=last_used,
         replica=replica,
     )
 
@@ -133,15 +153,18 @@ def create_app(services: Services) -> FastAPI:
             stack.push_async_callback(services.lowerer.stop)
             stored = await asyncio.to_thread(services.store.digests)
             await asyncio.gather(services.engine.start(), services.lowerer.start(stored))
-            for work in (services.replica.publish, services.replica.follow):
+            await services.pins.sync()
+            for work in (services.replica.publish, services.replica.follow, services.maintain):
                 await stack.enter_async_context(_in_background(work()))
             yield
 
     app = FastAPI(title="Medley", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
-    for module in (generate, openai, tasks, adapters, registry, health):
+    for module in (generate, openai, tasks, push, adapters, tags, aliases, blobs, residency, registry, health):
         app.include_router(module.router)
     app.add_exception_handler(ApiError, _on_api_error)
+    for kind in ADAPTER_ERRORS:
+        app.add_exception_handler(kind, _on_adapter_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
@@ -212,6 +235,10 @@ def _tell_end(task: asyncio.Task[None]) -> None:
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error_response(request.url.path, error)
+
+
+async def _on_adapter_error(request: Request, error: Exception) -> Response:
+    return error_response(request.url.path, from_adapter_error(error))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

@@ -16,6 +16,7 @@ from adapter_store.residency import LOST, Message, ResidencyRegistry
 from adapter_store.store import Store
 from server.adapters.lowerer import LowererClient
 from server.engine.client import EngineClient
+from server.pins import Pins
 from server.residents import Residents
 
 LEASE_S = 10.0
@@ -26,6 +27,9 @@ RETRY_S = 0.5
 """How long a registry that does not answer is left alone."""
 MAX_UNSAID = 1024
 """Announcements that wait for the registry. Beyond it the oldest go: what others then keep, they keep until it is evicted."""
+
+PINS_CHANGED: Message = {"kind": "pins"}
+"""The announcement that the catalog's pins are not what they were."""
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ class Replica:
         store: Store,
         lowerer: LowererClient,
         engine: EngineClient,
+        pins: Pins,
     ) -> None:
         self.name = name
         self.is_degraded = False
@@ -54,6 +59,7 @@ class Replica:
         self._store = store
         self._lowerer = lowerer
         self._engine = engine
+        self._pins = pins
         self._unsaid: deque[Message] = deque(maxlen=MAX_UNSAID)
         self._is_entered = False
         self._beat = 0.0
@@ -94,7 +100,12 @@ class Replica:
     async def delete(self, digests: list[str]) -> None:
         """Adapters were deleted here: free what nobody has any more, on all replicas."""
         self.announce(deleted(digests))
+        await self._pins.sync()
         await self._drop_unused(digests)
+
+    def tell_pins(self) -> None:
+        """Pins were changed here: have the other replicas look."""
+        self.announce(PINS_CHANGED)
 
     async def _tell(self) -> None:
         """Publish what changed, or everything; say what is to be announced; and stay alive."""
@@ -118,6 +129,8 @@ class Replica:
             await self._registry.publish(self.name, program_id, state.value)
 
     async def _heed(self, message: Message) -> None:
+        if message in (LOST, PINS_CHANGED) or message.get("kind") == "deleted":
+            await self._pins.sync()
         if message == LOST:
             stored = await asyncio.to_thread(self._store.digests)
             await self._drop_unused(sorted({digest for item in self._residents for digest in item.digests} - stored))

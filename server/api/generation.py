@@ -13,11 +13,8 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
-from adapter_store.errors import StoreError
 from adapter_store.store import Store
-from server.adapters.faults import LoweringError
 from server.adapters.lowerer import LoweredProgram, LowererClient
-from server.adapters.turns import TooManyWaiting
 from server.api.selection import Selection
 from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable
 from server.engine.types import (
@@ -33,7 +30,8 @@ from server.engine.types import (
     TaskResult,
     TokenLogprob,
 )
-from server.errors import ApiError, from_engine, from_lowering_error, from_quarantine, from_store_error, from_turns
+from server.errors import ApiError, from_engine, from_quarantine
+from server.last_used import LastUsed
 from server.metrics import Metrics
 from server.quarantine import Quarantine
 from server.residents import Residents
@@ -129,6 +127,7 @@ class Generation:
         metrics: Metrics,
         residents: Residents,
         quarantine: Quarantine,
+        last_used: LastUsed,
         base_names: Sequence[str],
     ) -> None:
         self.tokenizer = tokenizer
@@ -138,6 +137,7 @@ class Generation:
         self._metrics = metrics
         self._residents = residents
         self._quarantine = quarantine
+        self._last_used = last_used
         self._base_names = frozenset(base_names)
 
     @property
@@ -148,7 +148,10 @@ class Generation:
         return self._engine.info
 
     async def resolve(self, tenant: str, held: ExitStack, wanted: Selection, task: Task = Task.GENERATE) -> Resolved:
-        """The program of what is asked for, made again if its file is gone. The file stays until ``held`` is closed. Raises ApiError."""
+        """The program of what is asked for, made again if its file is gone. The file stays until ``held`` is closed.
+
+        Raises ApiError, and the ADAPTER_ERRORS.
+        """
         if task not in self.info.tasks:
             raise ApiError("task_not_served", _NOT_SERVED[task])
         is_base = wanted.name is None or wanted.name in self._base_names
@@ -166,14 +169,7 @@ class Generation:
             raise ApiError(
                 "not_composable", f"adapter_drop is {wanted.drop}, and the base has {layers} layers", param="adapter_drop"
             )
-        try:
-            program, digests = await self._program(tenant, held, named, wanted.drop)
-        except StoreError as error:
-            raise from_store_error(error) from error
-        except LoweringError as error:
-            raise from_lowering_error(error) from error
-        except TooManyWaiting as error:
-            raise from_turns(error) from error
+        program, digests = await self._program(tenant, held, named, wanted)
         if (record := self._quarantine.refusal(tenant, program.program_id)) is not None:
             raise from_quarantine(record, [name for name, _ in named])
         self._residents.asked(program.program_id, digests)
@@ -181,10 +177,10 @@ class Generation:
         return Resolved(ref, digests, len(program.facts.get("labels", ())), program.facts.get("pooling") == "none")
 
     async def _program(
-        self, tenant: str, held: ExitStack, named: Sequence[tuple[str, float]], drop: int
+        self, tenant: str, held: ExitStack, named: Sequence[tuple[str, float]], wanted: Selection
     ) -> tuple[LoweredProgram, tuple[str, ...]]:
         # All names first: what is not there is told before any work.
-        versions = [await asyncio.to_thread(self._store.resolve, tenant, name) for name, _ in named]
+        versions = [await asyncio.to_thread(self._store.resolve, tenant, name, wanted.user) for name, _ in named]
         digests = tuple(version.digest for version in versions)
         if len(set(digests)) < len(digests):
             raise ApiError("not_composable", "the same adapter is named twice; add its weights up", param="adapters")
@@ -192,9 +188,10 @@ class Generation:
             held.enter_context(self._lowerer.using(((version.digest, 1.0),)))
             program = await self._lowerer.ensure(tenant, version.digest, partial(self._store.checkout, version))
         parts = [(digest, weight) for digest, (_, weight) in zip(digests, named, strict=True)]
-        if len(parts) > 1 or parts[0][1] != 1.0 or drop:
-            held.enter_context(self._lowerer.using(parts, drop))
-            program = await self._lowerer.compose(tenant, parts, drop)
+        if len(parts) > 1 or parts[0][1] != 1.0 or wanted.drop:
+            held.enter_context(self._lowerer.using(parts, wanted.drop))
+            program = await self._lowerer.compose(tenant, parts, wanted.drop)
+        self._last_used.note(versions)
         return program, digests
 
     async def encode(self, inputs: Sequence[str | tuple[int, ...]]) -> list[tuple[int, ...]]:

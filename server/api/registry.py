@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from adapter_store.errors import StoreError, StoreUnavailable
+from adapter_store.errors import StoreUnavailable
 from adapter_store.residency import ResidencyRegistry
-from adapter_store.store import AdapterVersion
+from adapter_store.types import AdapterVersion
 from server.engine.client import EngineClient
-from server.errors import ApiError, from_store_error
+from server.errors import ApiError
 from server.residents import Resident
 
 router = APIRouter(prefix="/v1/registry")
@@ -30,10 +30,7 @@ async def show(request: Request) -> dict[str, Any]:
     services = request.app.state.services
     residents: list[Resident] = list(services.residents)
     digests = {digest for item in residents for digest in item.digests}
-    try:
-        names = await asyncio.to_thread(services.store.names_of, digests)
-    except StoreError as error:
-        raise from_store_error(error) from error
+    names = await asyncio.to_thread(services.store.names_of, digests)
     return {
         "object": "registry",
         "replica": services.replica.name,

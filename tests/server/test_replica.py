@@ -17,6 +17,7 @@ from server.adapters.lowerer import LowererClient
 from server.engine.client import EngineClient
 from server.engine.settings import EngineSettings
 from server.engine.types import ProgramEvent, ProgramState
+from server.pins import Pins
 from server.replica import Replica, deleted
 from server.residents import MAX_CHANGES, Residents
 from tests.adapter_store.uploads import good, stage
@@ -45,7 +46,8 @@ class Parts:
         self.residents = Residents(lambda: self.engine.process)
         self.store = Store.open(directory / "store")
         self.lowerer = LowererClient(directory, BASE, "float32", directory / name)
-        self.replica = Replica(name, registry, self.residents, self.store, self.lowerer, self.engine)
+        pins = Pins(self.store, self.lowerer, self.engine)
+        self.replica = Replica(name, registry, self.residents, self.store, self.lowerer, self.engine, pins)
 
     def commit(self, name: str, seed: int) -> str:
         staging, staged = stage(self.directory / "upload", good(seed))
