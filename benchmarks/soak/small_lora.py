@@ -18,31 +18,33 @@ _TARGETS = ("q_proj", "v_proj")
 
 @dataclass(frozen=True, slots=True)
 class SmallLora:
-    """Adapters of one kind for one base. ``scale`` is the standard deviation of their numbers, which are stored in half precision."""
+    """Adapters of one kind for one base. Their safetensors files have the same ``header``; only the ``count`` half-precision numbers after it
+    differ, normally distributed with standard deviation ``scale``."""
 
-    shapes: Shapes
-    rank: int
+    config: bytes
+    header: bytes
+    count: int
     scale: float
 
     @classmethod
     def of(cls, base: Path, *, rank: int, scale: float) -> SmallLora:
-        return cls(Shapes.read(base), rank, scale)
+        """The kind of this rank for a Llama base."""
+        shapes = Shapes.read(base)
+        tensors: dict[str, np.ndarray] = {}
+        for layer in range(shapes.layers):
+            for target in _TARGETS:
+                inputs, outputs = shapes.linears[f"self_attn.{target}"]
+                key = f"base_model.model.model.layers.{layer}.self_attn.{target}"
+                tensors[f"{key}.lora_A.weight"] = np.zeros((rank, inputs), np.float16)
+                tensors[f"{key}.lora_B.weight"] = np.zeros((outputs, rank), np.float16)
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": list(_TARGETS)}
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        return cls(json.dumps(config).encode(), save(tensors)[:-nbytes], nbytes // 2, scale)
 
     def files(self, number: int) -> dict[str, bytes]:
         """The files of one adapter as PEFT would save them, by name."""
-        rng = np.random.default_rng(number)
-        tensors: dict[str, np.ndarray] = {}
-        for layer in range(self.shapes.layers):
-            for target in _TARGETS:
-                inputs, outputs = self.shapes.linears[f"self_attn.{target}"]
-                key = f"base_model.model.model.layers.{layer}.self_attn.{target}"
-                tensors[f"{key}.lora_A.weight"] = self._random(rng, self.rank, inputs)
-                tensors[f"{key}.lora_B.weight"] = self._random(rng, outputs, self.rank)
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank, "lora_alpha": self.rank, "bias": "none"}
-        return {CONFIG: json.dumps({**config, "target_modules": list(_TARGETS)}).encode(), WEIGHTS: save(tensors)}
-
-    def _random(self, rng: np.random.Generator, *shape: int) -> np.ndarray:
-        return (rng.standard_normal(shape, np.float32) * self.scale).astype(np.float16)
+        numbers = np.random.default_rng(number).standard_normal(self.count, np.float32) * self.scale
+        return {CONFIG: self.config, WEIGHTS: self.header + numbers.astype(np.float16).tobytes()}
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> Path:
