@@ -1,119 +1,340 @@
 """The store: one façade over blobs and catalog. Synchronous and thread-safe; callers on an event loop use threads.
 
 <directory>/
-  catalog.sqlite   names and versions
-  blobs/           content-addressed files (see blobs)
-  uploads/         uploads under way
+  catalog.sqlite   names, versions, tags, aliases and the rest of schema, unless a URL says where they are
+  blobs/           content-addressed files (see blobs), or
+  cache/           copies of those that an object store has (see blob_cache)
+  uploads/         adapters while they arrive (see staging)
+  partial/         resumable uploads of single blobs (see uploads)
+  checkouts/       links to blobs that somebody reads just now
+
+All of it is on one filesystem, one that knows hard links.
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
+from sqlalchemy import URL
+
+from adapter_store import migrations
+from adapter_store.aliases import Aliases
+from adapter_store.blob_cache import BlobCache
+from adapter_store.blob_records import OWNED_S, UNTOUCHED_S, BlobRecords
 from adapter_store.blobs import BlobStore, LocalBlobs
-from adapter_store.catalog import AdapterRecord, AdapterVersion, Catalog
-from adapter_store.errors import AdapterNotFound, AdapterRejected, Fault, InvalidName
-from adapter_store.manifest import Reference, check_name, parse_reference
+from adapter_store.catalog import Catalog, Once
+from adapter_store.database import Database
+from adapter_store.durable import CHUNK, clear_directories
+from adapter_store.errors import AdapterNotFound, AdapterRejected, BlobCorrupt, BlobNotFound, Fault, InvalidName
+from adapter_store.idempotency import Idempotency, publish_fingerprint
+from adapter_store.manifest import Reference, check_name, check_tag, parse_reference
+from adapter_store.object_blobs import ObjectBlobs
+from adapter_store.pins import Pins
 from adapter_store.staging import StagedAdapter, StagedFile, Staging
+from adapter_store.types import (
+    ALWAYS,
+    LATEST,
+    AdapterRecord,
+    AdapterVersion,
+    Alias,
+    Condition,
+    Replay,
+    Swept,
+    Target,
+    VersionFile,
+)
+from adapter_store.uploads import PieceWriter, Uploads
 
-__all__ = ["AdapterRecord", "AdapterVersion", "Store"]
+__all__ = ["AdapterRecord", "AdapterVersion", "Alias", "Condition", "Replay", "Store", "Swept", "Target", "VersionFile"]
 
 
 class Store:
     """Adapters of all tenants. What one tenant asks never shows another's."""
 
-    def __init__(self, catalog: Catalog, blobs: BlobStore, uploads: Path, max_upload_bytes: int) -> None:
-        self._catalog = catalog
+    def __init__(self, database: Database, blobs: BlobStore, directory: Path, max_upload_bytes: int) -> None:
+        self._database = database
+        self._blob_records = BlobRecords(database)
+        self._idempotency = Idempotency(database)
+        self._catalog = Catalog(database, self._blob_records, self._idempotency)
+        self._aliases = Aliases(database)
+        self._pins = Pins(database)
         self._blobs = blobs
-        self._uploads = uploads
+        self._staging = directory / "uploads"
+        self._checkouts = directory / "checkouts"
+        for path in (self._staging, self._checkouts):
+            path.mkdir(exist_ok=True)
+        self._uploads = Uploads(directory / "partial", max_upload_bytes)
         self._max_upload_bytes = max_upload_bytes
 
     @classmethod
-    def open(cls, directory: Path, max_upload_bytes: int = 1 << 30) -> Store:
-        """Open or create a store in a local directory, and clear what a crash left of uploads."""
+    def open(
+        cls,
+        directory: Path,
+        *,
+        max_upload_bytes: int = 1 << 30,
+        catalog_url: str | None = None,
+        blobs_url: str | None = None,
+        blob_cache_bytes: int = 10 << 30,
+        clock: Callable[[], float] = time.time,
+    ) -> Store:
+        """Open or create a store in a local directory, with its catalog or its blobs elsewhere if URLs say so.
+
+        ``blob_cache_bytes`` of remote blobs are kept at hand. Raises StoreUnavailable, and StoreError for an URL that means no store.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        store = cls(
-            Catalog(f"sqlite:///{directory / 'catalog.sqlite'}"),
-            LocalBlobs(directory / "blobs"),
-            directory / "uploads",
-            max_upload_bytes,
-        )
-        store.sweep()
-        return store
+        local = URL.create("sqlite", database=str(directory / "catalog.sqlite"))
+        database = Database(catalog_url or local, clock)
+        migrations.upgrade(database)
+        if blobs_url is not None:
+            cache = BlobCache(directory / "cache", blob_cache_bytes)
+            return cls(database, ObjectBlobs.from_url(blobs_url, cache), directory, max_upload_bytes)
+        blobs = LocalBlobs(directory / "blobs")
+        BlobRecords(database).take_over(blobs.digests, blobs.size)
+        return cls(database, blobs, directory, max_upload_bytes)
 
     def close(self) -> None:
-        self._catalog.close()
+        """Close the catalog's connections."""
+        self._database.close()
+
+    # Publishing
 
     def begin_upload(self) -> Staging:
         """A place for one upload's files; use it as a context manager."""
-        return Staging(self._uploads, self._max_upload_bytes)
+        return Staging(self._staging, self._max_upload_bytes)
 
     def with_children(self, tenant: str, staged: StagedAdapter) -> StagedAdapter:
         """A fusion together with the files of the tenant's adapters that it names, as they are now: what becomes of those later does not
-        touch it. Other uploads as they are. Raises AdapterRejected with every name that means no adapter."""
+        touch it. Other uploads as they are. Raises AdapterRejected with every name that means no adapter, BlobCorrupt."""
         files: list[StagedFile] = []
         faults: list[Fault] = []
         for name in staged.children:
             try:
-                version = self._catalog.resolve(tenant, Reference(check_name(name)))
+                version = self._catalog.resolve(tenant, Reference(check_name(name), tag=LATEST))
             except (AdapterNotFound, InvalidName):
                 message = f"store the adapter that the fusion calls {name[:64]!r} under this name first"
                 faults.append(Fault("missing_child", "adapter_fusion_config.json: name", message, found=name[:64]))
                 continue
-            for role in ("config", "weights"):
-                path = self._blobs.path(version.blobs[role])
-                files.append(StagedFile(f"child/{name}/{role}", path, version.blobs[role], path.stat().st_size))
+            for file in version.files:
+                if file.role in ("config", "weights"):
+                    path = staged.files[0].path.with_name(f"child-{len(files)}")
+                    self._blobs.link(file.sha256, path)
+                    files.append(StagedFile(f"child/{name}/{file.role}", f"{name}/{file.name}", path, file.sha256, file.nbytes))
         if faults:
             raise AdapterRejected(faults)
         return staged.with_files(files) if files else staged
 
-    def commit(self, tenant: str, name: str, staged: StagedAdapter, facts: dict[str, Any]) -> AdapterVersion:
-        """Publish a checked upload under a name. Blobs first, then one transaction that makes them visible."""
-        check_name(name)
-        for file in staged.files:
-            self._blobs.put(file.path, file.sha256)
-        return self._catalog.publish(
-            tenant,
-            name,
-            staged.digest,
-            sum(file.nbytes for file in staged.files),
-            {file.role: file.sha256 for file in staged.files},
-            facts,
-        )
+    def fingerprint(self, name: str, staged: StagedAdapter, tag: str = LATEST) -> str:
+        """What ``commit`` compares under an idempotency key."""
+        return publish_fingerprint(name, tag, {file.role: file.sha256 for file in staged.files})
 
-    def resolve(self, tenant: str, reference: str) -> AdapterVersion:
-        """The version that ``name``, ``name@v3`` or ``name@sha256:…`` means. Raises AdapterNotFound, InvalidName."""
-        return self._catalog.resolve(tenant, parse_reference(reference))
+    def replay(self, tenant: str, key: str) -> Replay | None:
+        """The reply stored under an idempotency key in the last 24 hours, or None."""
+        return self._idempotency.replay(tenant, key)
+
+    def commit(
+        self,
+        tenant: str,
+        name: str,
+        staged: StagedAdapter,
+        facts: dict[str, Any],
+        *,
+        tag: str = LATEST,
+        condition: Condition = ALWAYS,
+        idempotency_key: str | None = None,
+        reply: Callable[[AdapterVersion], tuple[int, str]] | None = None,
+    ) -> AdapterVersion:
+        """Publish a checked upload under a name and move ``tag`` to it. Blobs first, then one transaction that makes them visible.
+
+        With an idempotency key, ``reply`` gives status and body of the reply, which is stored in the same transaction. When one is
+        stored already, nothing is changed and the version that was made then comes back: answer with ``replay`` in any case.
+        Raises InvalidName, NameTaken, PreconditionFailed, IdempotencyKeyReused, StorageFull, StoreUnavailable.
+        """
+        check_name(name)
+        check_tag(tag)
+        assert (idempotency_key is None) == (reply is None), "a key and its reply come together"
+        once = Once(idempotency_key, self.fingerprint(name, staged, tag), reply) if idempotency_key and reply else None
+        for file in staged.files:
+            self._put(file.path, file.sha256, file.nbytes)
+        files = tuple(VersionFile(file.role, file.name, file.sha256, file.nbytes) for file in staged.files)
+        return self._catalog.publish(tenant, name, staged.digest, files, facts, tag, condition, once)
+
+    # Looking
+
+    def resolve(self, tenant: str, reference: str, user: str | None = None) -> AdapterVersion:
+        """The version that ``name``, ``name@v3``, ``name@sha256:…`` or ``name@tag`` means. ``name`` may be an alias too: then ``user``
+        always gets the same of its targets. Raises AdapterNotFound, InvalidName."""
+        return self._catalog.resolve(tenant, parse_reference(reference), user)
 
     def get(self, tenant: str, name: str) -> AdapterRecord:
+        """An adapter with its versions and tags. Raises AdapterNotFound, InvalidName."""
         return self._catalog.get(tenant, check_name(name))
 
     def records(self, tenant: str, limit: int = 100, after: str = "") -> tuple[AdapterRecord, ...]:
-        return self._catalog.records(tenant, limit, after)
-
-    def delete(self, tenant: str, reference: str) -> list[AdapterVersion]:
-        """Remove a name or one version of it. Blobs that nobody uses any more go at the next sweep."""
-        return self._catalog.remove(tenant, parse_reference(reference))
+        """Up to ``limit`` adapters by name, those after ``after``. Raises InvalidName when ``after`` can be no name."""
+        return self._catalog.page(tenant, limit, after and check_name(after))
 
     def has_digest(self, digest: str) -> bool:
         """Whether any tenant has an adapter of these files. For the server's own care of what it made of them, never for an answer."""
-        return self._catalog.has_digest(digest)
+        return bool(self._catalog.tenants_of(digest))
+
+    def tenants_of(self, digest: str) -> set[str]:
+        """The tenants that have an adapter of these files. For the server's own care, never for an answer."""
+        return self._catalog.tenants_of(digest)
+
+    def names_of(self, digests: Collection[str]) -> dict[str, list[AdapterVersion]]:
+        """All versions of all tenants with these digests. For operators only."""
+        found: dict[str, list[AdapterVersion]] = {}
+        for version in self._catalog.with_digests(digests):
+            found.setdefault(version.digest, []).append(version)
+        return found
 
     def digests(self) -> set[str]:
         """The digests of everything stored, whoever has it."""
         return self._catalog.digests()
 
-    def files(self, version: AdapterVersion) -> dict[str, Path]:
-        """Local files of a version by role."""
-        return {role: self._blobs.path(sha256) for role, sha256 in version.blobs.items()}
+    # Bytes
 
-    def sweep(self) -> int:
-        """Remove blobs that no version names and uploads that nobody finishes. Only while no upload is under way. Returns how many blobs."""
-        shutil.rmtree(self._uploads, ignore_errors=True)
-        self._uploads.mkdir(parents=True, exist_ok=True)
-        orphans = set(self._blobs.digests()) - self._catalog.used_blobs()
-        for sha256 in orphans:
-            self._blobs.delete(sha256)
-        return len(orphans)
+    @contextmanager
+    def checkout(self, version: AdapterVersion) -> Iterator[dict[str, Path]]:
+        """Local files of a version by role, to be read only. They stay while the context is open, for a day at most, even if the adapter
+        is deleted. Raises BlobCorrupt, StoreUnavailable, StorageFull."""
+        with TemporaryDirectory(dir=self._checkouts) as directory:
+            paths = {file.role: Path(directory, str(place)) for place, file in enumerate(version.files)}
+            for file in version.files:
+                self._blobs.link(file.sha256, paths[file.role])
+            yield paths
+
+    def blob(self, tenant: str, sha256: str) -> int | None:
+        """Bytes of a blob that the tenant owns: one of its versions has it, or it has uploaded it in the last 24 hours. None for others."""
+        return self._blob_records.size(tenant, sha256)
+
+    def open_blob(self, tenant: str, sha256: str) -> BinaryIO:
+        """A blob that the tenant owns. Raises BlobNotFound, BlobCorrupt, StoreUnavailable."""
+        if self.blob(tenant, sha256) is None:
+            raise BlobNotFound(f"you own no blob {sha256[:64]!r}; upload it")
+        with TemporaryDirectory(dir=self._checkouts) as directory:
+            path = Path(directory, "blob")
+            self._blobs.link(sha256, path)
+            return path.open("rb")
+
+    def stage_blobs(self, tenant: str, files: Mapping[str, str], staging: Staging) -> None:
+        """Put blobs (file name → sha256) that the tenant owns into an upload, as if it had sent them. Raises BlobNotFound with all that it
+        does not own, BlobCorrupt, UploadTooLarge."""
+        absent = [f"{name[:80]!r} ({sha256[:64]})" for name, sha256 in files.items() if self.blob(tenant, sha256) is None]
+        if absent:
+            raise BlobNotFound(f"you own no such blobs; upload them: {', '.join(absent)}")
+        for name, sha256 in files.items():
+            digest = hashlib.sha256()
+            with self.open_blob(tenant, sha256) as reader, staging.open(name) as writer:
+                while chunk := reader.read(CHUNK):
+                    digest.update(chunk)
+                    writer.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise BlobCorrupt(f"blob {sha256[:12]} is damaged; upload it again")
+
+    def begin_blob(self, tenant: str) -> str:
+        """Start a resumable upload of one blob and return its id. Raises TooManyUploads."""
+        return self._uploads.begin(tenant)
+
+    def blob_offset(self, tenant: str, upload: str) -> int:
+        """Bytes of an upload that have arrived. Raises UploadNotFound."""
+        return self._uploads.offset(tenant, upload)
+
+    def append_blob(self, tenant: str, upload: str, offset: int) -> PieceWriter:
+        """Go on with an upload; use it as a context manager. Raises UploadNotFound, OffsetMismatch."""
+        return self._uploads.append(tenant, upload, offset)
+
+    def finish_blob(self, tenant: str, upload: str, sha256: str) -> int:
+        """Store what arrived, which must have this digest; the tenant then owns it for 24 hours. Returns its bytes.
+        Raises UploadNotFound, OffsetMismatch, DigestMismatch, StorageFull, StoreUnavailable; the upload is then still there."""
+        with self._uploads.complete(tenant, upload, sha256) as path:
+            nbytes = path.stat().st_size
+            self._put(path, sha256, nbytes)
+            self._blob_records.own(tenant, sha256)
+        return nbytes
+
+    def cancel_blob(self, tenant: str, upload: str) -> None:
+        """Forget an upload. Raises UploadNotFound."""
+        self._uploads.cancel(tenant, upload)
+
+    # Changing what names mean
+
+    def set_tag(self, tenant: str, name: str, tag: str, version_reference: str, condition: Condition = ALWAYS) -> AdapterRecord:
+        """Make a tag name a version, given as ``v3``, ``sha256:…`` or another tag. Raises AdapterNotFound, InvalidName,
+        PreconditionFailed; ``absent`` of the condition is about the tag."""
+        version = parse_reference(f"{name}@{version_reference}")
+        return self._catalog.set_tag(tenant, name, check_tag(tag), version, condition)
+
+    def remove_tag(self, tenant: str, name: str, tag: str, condition: Condition = ALWAYS) -> AdapterRecord:
+        """Remove a tag other than ``latest``. Raises AdapterNotFound, InvalidName, PreconditionFailed, VersionInUse."""
+        return self._catalog.remove_tag(tenant, check_name(name), check_tag(tag), condition)
+
+    def delete(self, tenant: str, reference: str, condition: Condition = ALWAYS) -> list[AdapterVersion]:
+        """Remove an adapter or one version of it. Blobs that nobody uses any more go at a later sweep.
+        Raises AdapterNotFound, InvalidName, PreconditionFailed, VersionInUse."""
+        return self._catalog.remove(tenant, parse_reference(reference), condition)
+
+    def set_alias(self, tenant: str, name: str, targets: Sequence[Target], condition: Condition = ALWAYS) -> Alias:
+        """Make or change an alias. Raises AdapterNotFound, InvalidAlias, InvalidName, NameTaken, PreconditionFailed."""
+        return self._aliases.set(tenant, check_name(name), targets, condition)
+
+    def alias(self, tenant: str, name: str) -> Alias:
+        """One alias. Raises AdapterNotFound, InvalidName."""
+        return self._aliases.get(tenant, check_name(name))
+
+    def aliases(self, tenant: str, limit: int = 100, after: str = "") -> tuple[Alias, ...]:
+        """Up to ``limit`` aliases by name, those after ``after``. Raises InvalidName when ``after`` can be no name."""
+        return self._aliases.page(tenant, limit, after and check_name(after))
+
+    def remove_alias(self, tenant: str, name: str, condition: Condition = ALWAYS) -> None:
+        """Remove an alias. Raises AdapterNotFound, InvalidName, PreconditionFailed."""
+        self._aliases.remove(tenant, check_name(name), condition)
+
+    # Use
+
+    def pin(self, tenant: str, digest: str) -> None:
+        """Want an adapter to stay on the device. Raises AdapterNotFound, PinLimit."""
+        self._pins.add(tenant, digest)
+
+    def unpin(self, tenant: str, digest: str) -> None:
+        """Take a pin back; no error when there is none."""
+        self._pins.remove(tenant, digest)
+
+    def pins(self) -> set[tuple[str, str]]:
+        """(tenant, digest) of every pin."""
+        return self._pins.all()
+
+    def pinned_versions(self) -> list[AdapterVersion]:
+        """What is pinned, whoever pinned it: a version of each (tenant, digest)."""
+        pins = self.pins()
+        found = self._catalog.with_digests({digest for _, digest in pins})
+        return list({(item.tenant, item.digest): item for item in found if (item.tenant, item.digest) in pins}.values())
+
+    def touch(self, used: Mapping[tuple[str, str, int], float]) -> None:
+        """Write down when versions (tenant, name, number) were last used, in seconds since the epoch."""
+        self._catalog.touch(used)
+
+    # Care
+
+    def sweep(self) -> Swept:
+        """Remove what nobody needs and nobody has touched for an hour, or a day. Safe beside everything else, and on several replicas at
+        once. Raises StoreUnavailable, having done a part."""
+        hour_ago, day_ago = self._database.now() - UNTOUCHED_S, self._database.now() - OWNED_S
+        leftovers = self._blobs.clear(hour_ago)
+        leftovers += clear_directories(self._staging, hour_ago) + clear_directories(self._checkouts, day_ago)
+        uploads = self._uploads.sweep(day_ago)
+        self._idempotency.expire()
+        self._blob_records.expire()
+        blobs = sum(self._blob_records.remove(sha256, self._blobs.delete) for sha256 in self._blob_records.orphans())
+        return Swept(blobs, uploads, leftovers)
+
+    def _put(self, path: Path, sha256: str, nbytes: int) -> None:
+        """Store a file's bytes; their row first (see blob_records)."""
+        fresh = self._blob_records.note(sha256, nbytes)
+        self._blobs.put(path, sha256, fresh=fresh)
