@@ -1,6 +1,6 @@
 """Time to the first token by where the adapter's program was. What is said of a probe is what the server counted while it ran.
 
-Nobody else asks for adapters that are not resident during this, so that the counters of loads belong to the one probe under way.
+Nobody else asks for adapters meanwhile, so that what is counted is the one probe under way.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.soak.scrape import Figures, scrape
+from benchmarks.soak.scrape import scrape
 from benchmarks.soak.stock import Stock
 from benchmarks.soak.traffic import Traffic
 
 TIERS = ("resident", "host", "disk")
-_SETTLE_S = 0.1
-"""Loads are counted a moment after the reply that waited for them."""
+SETTLE_S = 0.4
+"""The engine tells its counters every quarter of a second."""
 
 
-def loads(before: Figures, after: Figures) -> tuple[int, int]:
-    """Programs that came from disk into host memory, and from there to the device, between two readings."""
-    grown = [
-        after.value("medley_adapter_loads_total", tier=tier) - before.value("medley_adapter_loads_total", tier=tier)
-        for tier in ("host", "resident")
-    ]
-    return int(grown[0]), int(grown[1])
+async def hits(http: httpx.AsyncClient) -> dict[str, int]:
+    """How many requests found their adapter in which tier, since the server started."""
+    await asyncio.sleep(SETTLE_S)
+    figures = await scrape(http)
+    return {tier: int(figures.value("medley_adapter_hits_total", tier=tier)) for tier in TIERS}
 
 
 async def probe(
@@ -45,11 +43,11 @@ async def probe(
             continue
         if expected == "disk":
             _forget_pages(programs[number])
-        before = await scrape(http)
+        before = await hits(http)
         reply = await traffic.ask(ask, tokens=2)
-        await asyncio.sleep(_SETTLE_S)
-        from_disk, from_host = loads(before, await scrape(http))
-        found["disk" if from_disk else "host" if from_host else "resident"].append(reply.first_token_s)
+        after = await hits(http)
+        (tier,) = (tier for tier in TIERS if after[tier] > before[tier])
+        found[tier].append(reply.first_token_s)
         if all(len(seconds) >= wanted for seconds in found.values()):
             break
     return found

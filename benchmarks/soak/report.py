@@ -6,6 +6,7 @@ from rich.table import Table
 
 from benchmarks.soak.churn import STREAMS, ChurnReport
 from benchmarks.soak.percentile import percentile
+from benchmarks.soak.probes import TIERS
 from benchmarks.soak.zipf import ZipfReport
 
 
@@ -42,7 +43,7 @@ def _tiers(report: ZipfReport, title: str) -> Table:
         made.add_row(
             tier,
             budgets[tier],
-            f"{report.hit_rates[tier]:.1%}",
+            f"{report.with_loads.hit_rates[tier]:.1%}",
             str(len(seconds)),
             _ms(seconds, 50),
             _ms(seconds, 99),
@@ -54,8 +55,9 @@ def _blocks(report: ZipfReport) -> Table:
     made = Table(
         "requests",
         "count",
-        "loads from disk",
-        "admissions",
+        "resident",
+        "host",
+        "disk",
         "first token p50",
         "p99",
         "others' tokens p50",
@@ -66,8 +68,7 @@ def _blocks(report: ZipfReport) -> Table:
         made.add_row(
             name,
             str(len(block.first_token)),
-            str(block.from_disk),
-            str(block.to_device),
+            *(str(block.found[tier]) for tier in TIERS),
             _ms(block.first_token, 50),
             _ms(block.first_token, 99),
             _ms(block.between_tokens, 50),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class Stocked:
 
 async def fill(data_dir: Path, stock: Stock, base: BaseDir, dtype: str, kind: SmallLora, used: Collection[int]) -> Stocked:
     """Store all adapters and lower the ``used`` ones, of which there is at least one."""
-    store = Store.open(data_dir / "store", 1 << 30)
+    store = Store.open(data_dir / "store", max_upload_bytes=1 << 30)
     lowerer = LowererClient(base.path, base.digest, dtype, data_dir / "programs")
     await lowerer.start(())
     programs: dict[int, Path] = {}
@@ -72,7 +74,7 @@ async def fill(data_dir: Path, stock: Stock, base: BaseDir, dtype: str, kind: Sm
         for number in track(sorted(used), description="registering and lowering those that will be asked for"):
             with store.begin_upload() as staging:
                 staged = stage(staging, number)
-                program = await lowerer.ensure(stock.tenant(number), staged.digest, staged.paths)
+                program = await lowerer.ensure(stock.tenant(number), staged.digest, partial(nullcontext, staged.paths))
                 programs[number], facts = program.path, program.facts
                 store.commit(stock.tenant(number), stock.name(number), staged, facts)
         rest = [number for number in range(stock.count) if number not in programs]

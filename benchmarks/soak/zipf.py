@@ -1,8 +1,8 @@
 """Ten thousand registered adapters, asked for with Zipf's popularity, on a device that holds 32 of them and a host that holds 256.
 
 Blocks of two kinds take turns. In one, requests ask for what the draw says; in the other, requests at the same times ask for the most
-popular few, which are resident, so that nothing is loaded. Meanwhile tenants that load nothing stream without a pause (the base, and
-a resident adapter), and the time between their tokens is compared.
+popular few, which are resident, so that nothing is loaded. Meanwhile tenants that load nothing stream from the base without a pause,
+and the time between their tokens is compared.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from rich.progress import Progress
 
 from benchmarks.soak.memory import watched_memory
 from benchmarks.soak.percentile import milliseconds, percentile
-from benchmarks.soak.probes import loads, probe
-from benchmarks.soak.scrape import scrape
+from benchmarks.soak.probes import TIERS, hits, probe
 from benchmarks.soak.small_lora import SmallLora
 from benchmarks.soak.stock import Stock, Stocked, fill
 from benchmarks.soak.traffic import Ask, Traffic
@@ -31,8 +30,10 @@ from tests.live import Live, live_server
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
 FEW = 16
 """Adapters that requests of a block without loads ask for: half of what the device holds."""
-_BUSY, _CAPACITY_REQUESTS = 16, 48
+_BUSY, _CAPACITY_REQUESTS = 16, 32
 """Requests at once, and in all, when the base's capacity is measured."""
+_STEADY = 3
+"""Tenants that stream from the base without a pause."""
 _WARMING = 8
 """Requests at once while the tiers are filled."""
 
@@ -56,21 +57,25 @@ class Plan:
 
 @dataclass(slots=True)
 class Block:
-    """What came of all blocks of one kind. Times in seconds; loads as the server counted them."""
+    """What came of all blocks of one kind. Times in seconds; ``found``: requests by tier, as the server counted them."""
 
     first_token: list[float] = field(default_factory=list)
     between_tokens: list[float] = field(default_factory=list)
     """Of the tenants that load nothing."""
-    from_disk: int = 0
-    to_device: int = 0
+    found: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))
+
+    @property
+    def hit_rates(self) -> dict[str, float]:
+        """Which part of the requests found their adapter in which tier."""
+        return {tier: round(count / max(1, sum(self.found.values())), 3) for tier, count in self.found.items()}
 
     def to_json(self) -> dict[str, Any]:
         return {
             "requests": len(self.first_token),
             "first_token": milliseconds(self.first_token),
             "between_tokens_of_others": milliseconds(self.between_tokens),
-            "loads_from_disk": self.from_disk,
-            "admissions": self.to_device,
+            "found": self.found,
+            "hit_rates": self.hit_rates,
         }
 
 
@@ -92,14 +97,6 @@ class ZipfReport:
         """p99 between tokens of tenants that load nothing, with loads over without."""
         return percentile(self.with_loads.between_tokens, 99) / percentile(self.without_loads.between_tokens, 99)
 
-    @property
-    def hit_rates(self) -> dict[str, float]:
-        """Where programs were when they were asked for. Requests that wait for the same load count as one load."""
-        block, total = self.with_loads, len(self.with_loads.first_token)
-        from_host = block.to_device - block.from_disk
-        counts = {"resident": total - block.to_device, "host": from_host, "disk": block.from_disk}
-        return {tier: round(count / total, 3) for tier, count in counts.items()}
-
     def to_json(self) -> dict[str, Any]:
         return {
             "plan": asdict(self.plan),
@@ -107,7 +104,6 @@ class ZipfReport:
             "arrivals_per_s": round(self.capacity_per_s * self.plan.load, 2),
             "adapters_asked_for": self.asked_for,
             "program_bytes": self.program_bytes,
-            "hit_rates": self.hit_rates,
             "without_loads": self.without_loads.to_json(),
             "with_loads": self.with_loads.to_json(),
             "p99_between_tokens_ratio": round(self.ratio, 3),
@@ -157,7 +153,7 @@ class _Run:
         self._stock = stock
         self._stocked = stocked
         self._report = report
-        self._others: list[Ask] = [(TENANTS[0], "base"), (TENANTS[1], "base"), self._ask(0)]
+        self._others: list[Ask] = [(tenant, "base") for tenant in TENANTS[:_STEADY]]
 
     async def run(self, warming: Sequence[int], draws: Sequence[Sequence[int]]) -> None:
         plan = self._report.plan
@@ -184,7 +180,7 @@ class _Run:
         # What a block without loads asks for is resident from its first request on.
         await self._traffic.closed([self._ask(number) for number in range(FEW)], at_once=_WARMING, tokens=1)
         http = self._traffic.https[TENANTS[0]]
-        before = await scrape(http)
+        before = await hits(http)
         async with _Steady(self._traffic, self._others) as steady:
             replies = await self._traffic.arriving(
                 [self._ask(number) for number in numbers],
@@ -192,11 +188,11 @@ class _Run:
                 per_s=self._report.capacity_per_s * plan.load,
                 seconds=plan.seconds,
             )
-        from_disk, to_device = loads(before, await scrape(http))
+        after = await hits(http)
         block.first_token += [reply.first_token_s for reply in replies]
         block.between_tokens += steady.gaps
-        block.from_disk += from_disk
-        block.to_device += to_device
+        for tier in TIERS:
+            block.found[tier] += after[tier] - before[tier]
 
     def _ask(self, number: int) -> Ask:
         return self._stock.tenant(number), self._stock.name(number)

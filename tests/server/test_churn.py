@@ -30,7 +30,7 @@ WATCHDOG_S = 10.0
 
 @pytest.fixture(scope="module")
 def adapters(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Adapters:
-    return make_adapters(tiny_models("llama"), tmp_path_factory.mktemp("adapters"), range(30), PROMPTS, TOKENS)
+    return make_adapters(tiny_models("llama"), tmp_path_factory.mktemp("adapters"), range(24), PROMPTS, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,9 @@ OPERATIONS = (
     Operation("replace", 5, "POST", "/v1/adapters?name={name}", frozenset({"201"}), upload),
     Operation("show", 1, "GET", ONE, FOUND),
     Operation("delete", 3, "DELETE", ONE, FOUND),
+    Operation("load", 2, "POST", f"{ONE}/load", frozenset({"202", "adapter_not_found"})),
+    Operation("pin", 2, "POST", f"{ONE}/pin", frozenset({"200", "adapter_not_found", "pin_limit"})),
+    Operation("unpin", 2, "DELETE", f"{ONE}/pin", FOUND),
 )
 NAMES = ("a", "b", "c", "d", "e")
 
