@@ -20,7 +20,7 @@ from rich.progress import track
 
 from benchmarks.soak.churn import PROMPTS, TOKENS, Churn, ChurnReport
 from benchmarks.soak.references import make_adapters
-from benchmarks.soak.report import churn_table, zipf_tables
+from benchmarks.soak.report import churn_table, failures, zipf_tables
 from benchmarks.soak.zipf import Plan, run_zipf
 from server.app import pick_dtype
 from server.engine.base_dir import prepare_base
@@ -69,7 +69,9 @@ def main() -> int:
             zipf = run_zipf(plan_of(arguments), base, Path(scratch) / "zipf")
             for table in zipf_tables(zipf):
                 console.print(table)
+            console.print(failures(zipf), markup=False)
             result["zipf"] = zipf.to_json()
+            kept &= not zipf.failures
     OUT.mkdir(exist_ok=True)
     (OUT / "soak.json").write_text(json.dumps(result, indent=2) + "\n")
     return 0 if kept else 1

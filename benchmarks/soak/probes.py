@@ -18,13 +18,10 @@ from benchmarks.soak.stock import Stock
 from benchmarks.soak.traffic import Traffic
 
 TIERS = ("resident", "host", "disk")
-SETTLE_S = 0.4
-"""The engine tells its counters every quarter of a second."""
 
 
 async def hits(http: httpx.AsyncClient) -> dict[str, int]:
-    """How many requests found their adapter in which tier, since the server started."""
-    await asyncio.sleep(SETTLE_S)
+    """How many requests found their adapter in which tier, since the server started. The engine tells it every quarter of a second."""
     figures = await scrape(http)
     return {tier: int(figures.value("medley_adapter_hits_total", tier=tier)) for tier in TIERS}
 
@@ -45,7 +42,10 @@ async def probe(
             _forget_pages(programs[number])
         before = await hits(http)
         reply = await traffic.ask(ask, tokens=2)
-        after = await hits(http)
+        if reply.code:
+            continue
+        while (after := await hits(http)) == before:
+            await asyncio.sleep(0.05)
         (tier,) = (tier for tier in TIERS if after[tier] > before[tier])
         found[tier].append(reply.first_token_s)
         if all(len(seconds) >= wanted for seconds in found.values()):

@@ -36,6 +36,10 @@ def zipf_tables(report: ZipfReport) -> list[Table]:
     return [_tiers(report, title), _blocks(report), _memory(report)]
 
 
+def failures(report: ZipfReport) -> str:
+    return "\n".join([f"requests that failed: {len(report.failures)}", *report.failures[:3]])
+
+
 def _tiers(report: ZipfReport, title: str) -> Table:
     made = Table("adapter is", "budget", "hit rate", "probes", "first token p50", "p99", title=title)
     budgets = {"resident": str(report.plan.device), "host": str(report.plan.host), "disk": "all"}

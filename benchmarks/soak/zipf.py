@@ -34,6 +34,8 @@ _BUSY, _CAPACITY_REQUESTS = 16, 32
 """Requests at once, and in all, when the base's capacity is measured."""
 _STEADY = 3
 """Tenants that stream from the base without a pause."""
+_SETTLE_S = 1.0
+"""Until everything is counted that has been served."""
 _WARMING = 8
 """Requests at once while the tiers are filled."""
 
@@ -91,6 +93,8 @@ class ZipfReport:
     with_loads: Block = field(default_factory=Block)
     probes: dict[str, list[float]] = field(default_factory=dict)
     memory: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Requests that were refused, broke off or hung."""
 
     @property
     def ratio(self) -> float:
@@ -109,6 +113,7 @@ class ZipfReport:
             "p99_between_tokens_ratio": round(self.ratio, 3),
             "first_token_by_tier": {tier: milliseconds(seconds) for tier, seconds in self.probes.items()},
             "memory": self.memory,
+            "failures": self.failures,
         }
 
 
@@ -172,7 +177,7 @@ class _Run:
                         rng = random.Random(plan.seed)
                         programs = self._stocked.programs
                         self._report.probes = await probe(self._traffic, self._stock, programs, rng, plan.probes)
-                self._report.memory = memory.rows()
+                self._report.memory, self._report.failures = memory.rows(), self._traffic.failures
                 progress.update(step, advance=1, description="done")
 
     async def _block(self, block: Block, numbers: Sequence[int], seed: int) -> None:
@@ -180,6 +185,7 @@ class _Run:
         # What a block without loads asks for is resident from its first request on.
         await self._traffic.closed([self._ask(number) for number in range(FEW)], at_once=_WARMING, tokens=1)
         http = self._traffic.https[TENANTS[0]]
+        await asyncio.sleep(_SETTLE_S)
         before = await hits(http)
         async with _Steady(self._traffic, self._others) as steady:
             replies = await self._traffic.arriving(
@@ -188,8 +194,9 @@ class _Run:
                 per_s=self._report.capacity_per_s * plan.load,
                 seconds=plan.seconds,
             )
+        await asyncio.sleep(_SETTLE_S)
         after = await hits(http)
-        block.first_token += [reply.first_token_s for reply in replies]
+        block.first_token += [reply.first_token_s for reply in replies if not reply.code]
         block.between_tokens += steady.gaps
         for tier in TIERS:
             block.found[tier] += after[tier] - before[tier]
