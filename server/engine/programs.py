@@ -57,7 +57,7 @@ class Programs:
         self._clock = clock
         self._users: Counter[str] = Counter()
         self._waiting: dict[str, list[Sequence]] = {}
-        self._to_load: dict[str, tuple[ProgramRef, str]] = {}
+        self._to_load: dict[str, tuple[ProgramRef, str | None]] = {}
         self._blocked: dict[str, float] = {}
         self._refused: dict[str, RequestError] = {}
         self._dropped: set[str] = set()
@@ -178,7 +178,7 @@ class Programs:
         events, self._events = self._events, []
         return events
 
-    def _load(self, ref: ProgramRef, tenant: str) -> None:
+    def _load(self, ref: ProgramRef, tenant: str | None) -> None:
         if not self.loader.is_loading(ref.program_id):
             self._to_load.setdefault(ref.program_id, (ref, tenant))
             self._start_loads()
@@ -225,7 +225,7 @@ class Programs:
         program_id = ref.program_id
         resident, program = self.bank.find(program_id), self.host.get(program_id)
         if resident is None and program is None:
-            self._load(ref, "")
+            self._load(ref, None)
             return
         if program_id not in self._pinned_sizes:
             nbytes = resident.nbytes if resident else self.bank.footprint(program) if program else 0
@@ -236,16 +236,16 @@ class Programs:
             self._pinned_sizes[program_id] = nbytes
             self.bank.keep(program_id)
         if resident is None:
-            self._admit(ref, "")
+            self._admit(ref, None)
 
     def _bring_prefetched(self, ref: ProgramRef) -> None:
         if self.bank.find(ref.program_id) is None and self.host.get(ref.program_id) is None:
-            self._load(ref, "")
-        elif self.bank.find(ref.program_id) is not None or self._admit(ref, "") or not self.has_deferred:
+            self._load(ref, None)
+        elif self.bank.find(ref.program_id) is not None or self._admit(ref, None) or not self.has_deferred:
             del self._prefetches[ref.program_id]
             self._tidy(ref.program_id)
 
-    def _admit(self, ref: ProgramRef, tenant: str) -> bool:
+    def _admit(self, ref: ProgramRef, tenant: str | None) -> bool:
         program_id = ref.program_id
         program = self.host.get(program_id)
         if program is None:
