@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXIT ?=
 METHODS ?=
+COLD ?=
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -61,8 +62,8 @@ fmt: $(VENV)/.ready ## format, and fix what can be fixed
 docs: $(VENV)/.ready ## write the generated tables of docs/
 	@$(BIN)/python docs/generate.py
 
-bench: $(VENV)/.ready ## measure Medley and peft on the same work, or with METHODS=1 every method (writes benchmarks/out/throughput.json)
-	@$(BIN)/python -m benchmarks.$(if $(METHODS),methods,throughput)
+bench: $(VENV)/.ready ## measure Medley and peft on the same work, with METHODS=1 every method, with COLD=1 cold adapters (writes benchmarks/out)
+	@$(BIN)/python -m benchmarks.$(if $(COLD),cold,$(if $(METHODS),methods,throughput))
 
 golden: .venv-adapters/.ready ## make the AdapterHub checkpoints of tests/golden again, with the library itself
 	@HF_HUB_OFFLINE=1 .venv-adapters/bin/python -m tests.golden.make_golden

@@ -97,7 +97,8 @@ class Eviction:
     ) -> list[str] | None:
         """The programs to evict for ``tenant`` so that ``nbytes`` and ``count`` places more are free; None: there are not enough.
 
-        ``tenant`` None is nobody, who has no share. ``held`` programs are in use and stay. Without ``shares`` only those and the permanent ones do. Changes nothing.
+        ``tenant`` None is nobody, who has no share. ``held`` programs are in use and stay; without ``shares`` only those and the permanent
+        ones do. Changes nothing.
         """
         since = self._clock() - self._window_s
         usage, most = self._usage(since), self._share(tenant, since)

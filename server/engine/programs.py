@@ -212,7 +212,7 @@ class Programs:
             self._prefetches.pop(program_id, None)
             self.unpin_program(program_id)
             arrivals.failed[program_id] = problem
-        elif program_id in self._dropped:
+        elif program_id in self._dropped and not self._users[program_id]:
             self.host.cancel(program_id)
             self._tidy(program_id)
         else:
@@ -221,7 +221,7 @@ class Programs:
             arrivals.ready.extend(sequence for sequence in self._waiting.pop(program_id, []) if self.prepare(sequence))
 
     def _bring_pinned(self, ref: ProgramRef) -> None:
-        """Size is known once the program is at hand; only then does a pin count, and hold."""
+        """A pin counts, and holds, once its program is at hand and its size known: of several at a time, what is loaded first goes first."""
         program_id = ref.program_id
         resident, program = self.bank.find(program_id), self.host.get(program_id)
         if resident is None and program is None:
@@ -232,6 +232,7 @@ class Programs:
             if not self._pins_fit([*self._pinned_sizes.values(), nbytes]):
                 del self._pins[program_id]
                 self._note(program_id, reason="pin_limit")
+                self._tidy(program_id)
                 return
             self._pinned_sizes[program_id] = nbytes
             self.bank.keep(program_id)

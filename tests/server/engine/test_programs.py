@@ -161,9 +161,10 @@ def finish(engine: Engine) -> dict[str, RequestOutput]:
 def test_explicit_pins_stay_and_take_half_at_most(model: Path, make: Make) -> None:
     engine = make_engine(model, max_slots=4)
     refs = [make(f"pin-{index}", 2) for index in range(3)]
+    events = []
     for ref in refs:
         engine.pin_program(ref)
-    events = settle(engine)
+        events += settle(engine)
     assert [engine.bank.find(ref.program_id) is not None for ref in refs] == [True, True, False]
     assert states(events, "pin-2") == ["loading", "host", "host pin_limit"]
     stats = engine.stats()
