@@ -156,6 +156,14 @@ class LowererClient:
         name = program_id(tuple(parts), self._base_digest, drop=drop)
         return await self._once(name, lambda: self._compose(tenant, name, parts, drop))
 
+    def keep(self, digest: str) -> None:
+        """An adapter was stored whose program is in use. Had the same files been deleted meanwhile, their program would go after use."""
+        self._files.find(self.program_id(digest))
+
+    def discard(self, program_id: str) -> None:
+        """A program's file cannot be loaded: make another when it is asked for again."""
+        self._files.discard(program_id)
+
     def forget(self, digest: str) -> list[str]:
         """An adapter was deleted: what is made of it goes too. Returns the ids of the programs that nobody uses; ``on_unused`` tells of the
         others when their users are gone."""

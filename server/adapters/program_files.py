@@ -107,6 +107,14 @@ class ProgramFiles:
             if name != program_id and not self._known[name].users:
                 self._remove(name)
 
+    def discard(self, program_id: str) -> None:
+        """Remove a file that is of no use."""
+        item = self._known.get(program_id)
+        if item is not None:
+            self.nbytes -= item.nbytes
+            item.nbytes, item.facts = 0, None
+        self.path(program_id).unlink(missing_ok=True)
+
     def forget(self, digest: str) -> list[str]:
         """An adapter was deleted: remove what is made of it. Returns the ids of the programs that nobody uses; ``on_unused`` tells of the
         others later."""

@@ -301,6 +301,9 @@ class Generation:
         resident = self._residents.of(program.program_id)
         if not program.is_base and resident is not None:
             self._quarantine.failed(tenant, program.program_id, resident.digests, error.code, started)
+        if error.code == "adapter_load_failed":
+            # The file may be damaged; the next request makes it anew.
+            self._lowerer.discard(program.program_id)
         return from_engine(error)
 
     def _delta(self, output: RequestOutput, text: Detokenizer, stop: StopText) -> Delta:

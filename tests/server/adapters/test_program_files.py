@@ -95,6 +95,17 @@ def test_a_file_that_somebody_removed_is_made_again(files: ProgramFiles) -> None
         assert (files.find("made"), files.nbytes) == (path, 2)
 
 
+def test_a_file_that_is_of_no_use_is_made_again(files: ProgramFiles) -> None:
+    path = add(files, "made", "a")
+    with files.using("made", frozenset("a")):
+        files.discard("made")
+        assert (path.exists(), files.find("made"), files.nbytes) == (False, None, 0)
+        path.write_bytes(b"xyz")
+        files.add("made", {})
+        assert (files.find("made"), files.nbytes) == (path, 3)
+    files.discard("unknown")
+
+
 def test_facts_are_remembered_as_long_as_the_program(files: ProgramFiles) -> None:
     add(files, "made", "a")
     assert files.facts("made") == {"size": 40}
