@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
-from adapter_store.blobs import blob_key
+from adapter_store.blobs import blob_files, blob_key
 from adapter_store.durable import clear_hidden, is_whole, write_durably
 
 Fetch = Callable[[str], Iterable[bytes]]
@@ -80,9 +80,12 @@ class BlobCache:
         with self._lock:
             if sha256 not in self._verified:
                 return False
+            path = self._path(sha256)
             try:
-                os.link(self._path(sha256), target)
+                os.link(path, target)
             except FileNotFoundError:
+                if path.exists():
+                    raise
                 # Another process that shares the directory has evicted it.
                 self._drop(sha256)
                 return False
@@ -119,5 +122,5 @@ class BlobCache:
 
 def _found(root: Path) -> list[tuple[str, int]]:
     """Digest and size of the copies that an earlier process left, the longest untouched first."""
-    found = [(path.name, path.stat()) for path in root.glob("??/*") if not path.name.startswith(".")]
+    found = [(path.name, path.stat()) for path in blob_files(root)]
     return [(name, stat.st_size) for name, stat in sorted(found, key=lambda item: item[1].st_mtime)]

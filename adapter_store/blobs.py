@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from adapter_store.durable import clear_hidden, is_whole, read_chunks, write_durably
+from adapter_store.durable import clear_hidden, is_whole, read_chunks, sync_directory, write_durably
 from adapter_store.errors import BlobCorrupt, StoreError
 
 _LINK_TRIES = 10
@@ -60,6 +60,8 @@ class LocalBlobs:
     def __init__(self, root: Path) -> None:
         self._root = root / "sha256"
         self._root.mkdir(parents=True, exist_ok=True)
+        for directory in (root, root.parent):
+            sync_directory(directory)
 
     def put(self, source: Path, sha256: str, *, fresh: bool = True) -> None:
         target = self._path(sha256)
@@ -89,9 +91,7 @@ class LocalBlobs:
 
     def digests(self) -> Iterator[str]:
         """Everything stored."""
-        for path in self._root.glob("??/*"):
-            if _HEX.fullmatch(path.name):
-                yield path.name
+        return (path.name for path in blob_files(self._root))
 
     def clear(self, before: float) -> int:
         return clear_hidden(self._root, before)
@@ -105,6 +105,11 @@ def blob_key(sha256: str) -> str:
     if not _HEX.fullmatch(sha256):
         raise StoreError(f"{sha256[:80]!r} is not a sha256 digest")
     return f"{sha256[:2]}/{sha256}"
+
+
+def blob_files(root: Path) -> Iterator[Path]:
+    """The blobs that lie below a directory."""
+    return (path for path in root.glob("??/*") if _HEX.fullmatch(path.name))
 
 
 def missing(sha256: str) -> BlobCorrupt:

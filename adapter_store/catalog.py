@@ -74,9 +74,10 @@ class Catalog:
     def resolve(self, tenant: str, reference: Reference, user: str | None = None) -> AdapterVersion:
         """The version that a reference means: an adapter's, or for a bare name the one that an alias means for this user.
         Raises AdapterNotFound."""
-        with self._database.read() as connection:
+        with self._database.look() as connection:
             version = lookup.find_version(connection, tenant, reference)
-            if version is None and reference.is_bare:
+        if version is None and reference.is_bare:
+            with self._database.read() as connection:
                 version = aliases.find(connection, tenant, reference.name, user)
         if version is None:
             raise lookup.not_found(reference.name)

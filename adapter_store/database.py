@@ -33,10 +33,17 @@ class Database:
         self._is_sqlite = self._engine.dialect.name == "sqlite"
         if self._is_sqlite:
             _configure_sqlite(self._engine)
-            self._reading = self._engine
+            self._looking, self._reading = self._engine, self._engine.execution_options(begin="BEGIN")
         else:
+            self._looking = self._engine.execution_options(isolation_level="AUTOCOMMIT")
             self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        self._writing = self._engine.execution_options(writes=True)
+        self._writing = self._engine.execution_options(begin="BEGIN IMMEDIATE")
+
+    @contextmanager
+    def look(self) -> Iterator[Connection]:
+        """For one statement that reads, which sees one state by itself: without the cost of a transaction. Raises StoreUnavailable."""
+        with _translated(), self._looking.connect() as connection:
+            yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -89,8 +96,9 @@ def _configure_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
         # A writer takes its lock before it reads, or it could find later that what it read has changed.
-        writes = connection.get_execution_options().get("writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        begin = connection.get_execution_options().get("begin")
+        if begin is not None:
+            connection.exec_driver_sql(begin)
 
 
 @contextmanager

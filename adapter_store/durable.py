@@ -21,7 +21,7 @@ CHUNK = 1 << 20
 
 
 def write_durably(chunks: Iterable[bytes], sha256: str, target: Path) -> None:
-    """Make ``target`` out of chunks whose digest must be ``sha256``. On return it survives a power failure.
+    """Make ``target`` out of chunks whose digest must be ``sha256``, and its directory if need be. On return it survives a power failure.
 
     Raises BlobCorrupt if the digest is another, StorageFull; then there is no new file.
     """
@@ -29,7 +29,9 @@ def write_durably(chunks: Iterable[bytes], sha256: str, target: Path) -> None:
     digest = hashlib.sha256()
     try:
         with full_disk_is_storage_full():
-            _make_directory(target.parent)
+            target.parent.mkdir(exist_ok=True)
+            # Each time, as whoever has made the directory may not have come to this yet.
+            sync_directory(target.parent.parent)
             with hidden.open("xb") as writer:
                 for chunk in chunks:
                     digest.update(chunk)
@@ -39,7 +41,7 @@ def write_durably(chunks: Iterable[bytes], sha256: str, target: Path) -> None:
             if digest.hexdigest() != sha256:
                 raise BlobCorrupt(f"the bytes that came for blob {sha256[:12]} have another digest")
             os.replace(hidden, target)
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
     finally:
         hidden.unlink(missing_ok=True)
 
@@ -93,26 +95,18 @@ def full_disk_is_storage_full() -> Iterator[None]:
         raise
 
 
+def sync_directory(directory: Path) -> None:
+    """See to it that the directory's entries survive a power failure."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _last_write(path: Path) -> float:
     """Seconds since the epoch; infinite for what has just gone."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
         return math.inf
-
-
-def _make_directory(directory: Path) -> None:
-    """Make a directory whose parent is there, so that its own entry survives too."""
-    try:
-        directory.mkdir()
-    except FileExistsError:
-        return
-    _sync_directory(directory.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, select
+from sqlalchemy import Column, Connection, Row, Table, and_, bindparam, select
 from sqlalchemy.sql import Select
 
 from adapter_store import schema
@@ -22,37 +22,57 @@ _names, _versions, _tags, _files = schema.names, schema.versions, schema.tags, s
 _MAX_IN = 500
 """Parameters of one query; databases bound them."""
 
-# Built once: they are asked for every request.
+_file_columns = (_files.c.role, _files.c.filename, _files.c.sha256, schema.blobs.c.nbytes)
+
+# Built once: the first five are asked for with every request.
 _OF_NAME = select(_versions).where(_versions.c.tenant == bindparam("tenant"), _versions.c.name == bindparam("name"))
 _BY_NUMBER = _OF_NAME.where(_versions.c.number == bindparam("number"))
-_BY_DIGEST = _OF_NAME.where(_versions.c.digest.startswith(bindparam("digest"))).limit(2)
+_BY_DIGEST = _OF_NAME.where(_versions.c.digest.startswith(bindparam("digest")))
 _BY_TAG = _OF_NAME.join(_tags).where(_tags.c.tag == bindparam("tag"))
-_FILES = (
-    select(_files.c.role, _files.c.filename, _files.c.sha256, schema.blobs.c.nbytes)
+_WITH_FILES = {
+    query: query.add_columns(*(column.label(f"file_{column.name}") for column in _file_columns))
+    .join(_files, and_(*(_files.c[key] == _versions.c[key] for key in ("tenant", "name", "number"))))
     .join(schema.blobs)
-    .where(_files.c.tenant == bindparam("tenant"), _files.c.name == bindparam("name"), _files.c.number == bindparam("number"))
-    .order_by(_files.c.role)
-)
+    .order_by(_versions.c.number, _files.c.role)
+    for query in (_BY_NUMBER, _BY_DIGEST, _BY_TAG)
+}
+
+
+def _in_page(table: Table, *columns: Column[Any]) -> Select[Any]:
+    """Rows of all names from ``first`` to ``last``; aliases have none."""
+    return select(*columns).where(
+        table.c.tenant == bindparam("tenant"), table.c.name.between(bindparam("first"), bindparam("last"))
+    )
+
+
+_PAGE_FILES = _in_page(_files, _files.c.name, _files.c.number, *_file_columns).join(schema.blobs).order_by(_files.c.role)
+_PAGE_VERSIONS = _in_page(_versions, *_versions.c).order_by(_versions.c.number.desc())
+_PAGE_TAGS = _in_page(_tags, _tags.c.name, _tags.c.tag, _tags.c.number).order_by(_tags.c.tag)
 
 
 def find_version(connection: Connection, tenant: str, reference: Reference) -> AdapterVersion | None:
-    """The version that a reference to an adapter means for this tenant, or None."""
-    row = find_row(connection, tenant, reference)
-    if row is None:
+    """The version that a reference to an adapter means for this tenant, or None. One statement."""
+    query, parameters = _query(tenant, reference)
+    rows = connection.execute(_WITH_FILES[query], parameters).all()
+    if len({row.number for row in rows}) != 1:
         return None
-    files = connection.execute(_FILES, {"tenant": tenant, "name": row.name, "number": row.number}).all()
-    return _version(row, [VersionFile(*file) for file in files])
+    return _version(rows[0], [VersionFile(*row[-len(_file_columns) :]) for row in rows])
 
 
 def find_row(connection: Connection, tenant: str, reference: Reference) -> Row[Any] | None:
     """The row of ``versions`` that a reference means, or None; None too for a prefix that is the start of two digests."""
-    here = {"tenant": tenant, "name": reference.name}
+    query, parameters = _query(tenant, reference)
+    rows = connection.execute(query, parameters).all()
+    return rows[0] if len(rows) == 1 else None
+
+
+def _query(tenant: str, reference: Reference) -> tuple[Select[Any], dict[str, Any]]:
+    here: dict[str, Any] = {"tenant": tenant, "name": reference.name}
     if reference.number is not None:
-        return connection.execute(_BY_NUMBER, {**here, "number": reference.number}).first()
+        return _BY_NUMBER, {**here, "number": reference.number}
     if reference.digest_prefix is not None:
-        rows = connection.execute(_BY_DIGEST, {**here, "digest": reference.digest_prefix}).all()
-        return rows[0] if len(rows) == 1 else None
-    return connection.execute(_BY_TAG, {**here, "tag": reference.tag or LATEST}).first()
+        return _BY_DIGEST, {**here, "digest": reference.digest_prefix}
+    return _BY_TAG, {**here, "tag": reference.tag or LATEST}
 
 
 def find_digest(connection: Connection, tenant: str, name: str, digest: str) -> AdapterVersion | None:
@@ -71,11 +91,10 @@ def find_digests(connection: Connection, digests: Collection[str]) -> list[Adapt
     found, wanted = [], sorted(digests)
     for start in range(0, len(wanted), _MAX_IN):
         some = _versions.c.digest.in_(wanted[start : start + _MAX_IN])
-        query = select(_versions).where(some).order_by(_versions.c.tenant, _versions.c.name, _versions.c.number)
-        for row in connection.execute(query).all():
-            key = {"tenant": row.tenant, "name": row.name, "number": row.number}
-            found.append(_version(row, [VersionFile(*file) for file in connection.execute(_FILES, key).all()]))
-    return found
+        query = select(_versions.c.tenant, _versions.c.name, _versions.c.number).where(some)
+        for row in connection.execute(query.order_by(*query.selected_columns)).all():
+            found.append(find_version(connection, row.tenant, Reference(row.name, number=row.number)))
+    return [version for version in found if version is not None]
 
 
 def page(connection: Connection, tenant: str, limit: int, after: str) -> tuple[AdapterRecord, ...]:
@@ -96,25 +115,17 @@ def _adapters(tenant: str) -> Select[Any]:
 
 def _records(connection: Connection, query: Select[Any], tenant: str) -> tuple[AdapterRecord, ...]:
     found = connection.execute(query).all()
-    names = [row.name for row in found]
-    of_files = (
-        select(_files.c.name, _files.c.number, _files.c.role, _files.c.filename, _files.c.sha256, schema.blobs.c.nbytes)
-        .join(schema.blobs)
-        .where(_files.c.tenant == tenant, _files.c.name.in_(names))
-        .order_by(_files.c.role)
-    )
+    if not found:
+        return ()
+    span = {"tenant": tenant, "first": found[0].name, "last": found[-1].name}
     files: dict[tuple[str, int], list[VersionFile]] = {}
-    for name, number, *file in connection.execute(of_files):
+    for name, number, *file in connection.execute(_PAGE_FILES, span):
         files.setdefault((name, number), []).append(VersionFile(*file))
-    of_versions = (
-        select(_versions).where(_versions.c.tenant == tenant, _versions.c.name.in_(names)).order_by(_versions.c.number.desc())
-    )
     versions: dict[str, list[AdapterVersion]] = {}
-    for row in connection.execute(of_versions).all():
+    for row in connection.execute(_PAGE_VERSIONS, span):
         versions.setdefault(row.name, []).append(_version(row, files[row.name, row.number]))
-    of_tags = select(_tags.c.name, _tags.c.tag, _tags.c.number).where(_tags.c.tenant == tenant, _tags.c.name.in_(names))
     tags: dict[str, dict[str, int]] = {}
-    for name, tag, number in connection.execute(of_tags.order_by(_tags.c.tag)):
+    for name, tag, number in connection.execute(_PAGE_TAGS, span):
         tags.setdefault(name, {})[tag] = number
     return tuple(AdapterRecord(tenant, row.name, tuple(versions[row.name]), tags[row.name], row.etag) for row in found)
 

@@ -51,7 +51,7 @@ class ObjectBlobs:
     @classmethod
     def from_url(cls, url: str, cache: BlobCache) -> Self:
         """Blobs at ``s3://bucket/prefix``. Asks nobody yet: a store that is down now may be up later. Raises StoreError for another URL."""
-        if not re.match("s3://.", url):
+        if not re.match("s3://[^/]", url):
             raise StoreError("blobs are kept in a directory or at an URL of s3://bucket/prefix; this URL is another")
         # An upload is silent for as long as its parts are under way, a download never.
         return cls(_client(url, silence_s=5), _client(url, silence_s=60), cache)

@@ -88,8 +88,8 @@ class Uploads:
             raise _not_found(upload) from error
 
     def append(self, tenant: str, upload: str, offset: int) -> PieceWriter:
-        """Go on at ``offset``; close what is returned. Raises UploadNotFound, and OffsetMismatch if the upload is not there, or somebody
-        else is appending to it."""
+        """Go on at ``offset``; close what is returned. Raises UploadNotFound, and OffsetMismatch if that is not where the upload ends, or
+        if somebody else is appending to it."""
         file = self._open(tenant, upload)
         size = os.fstat(file.fileno()).st_size
         if offset != size:

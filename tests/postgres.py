@@ -6,6 +6,7 @@ import os
 import pwd
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -46,12 +47,12 @@ def _started(directory: Path) -> Iterator[None]:
     # Found, not imported: that would make a user and open up directories for it.
     package, user = Path(str(find_spec("pgserver").origin)).parent, None  # type: ignore[union-attr]
     if os.geteuid() == 0:
-        # PostgreSQL refuses to run as root; and another user may not be able to reach where Python's packages are.
-        user = pwd.getpwnam("nobody")
-        for name in ("pgserver/pginstall", "pgserver.libs"):
-            shutil.copytree(package.parent / name, directory / name)
-        package = directory / "pgserver"
+        user = pwd.getpwnam("nobody")  # PostgreSQL refuses to run as root
         os.chown(directory, user.pw_uid, user.pw_gid)
+        if not all(parent.stat().st_mode & stat.S_IXOTH for parent in package.resolve().parents):
+            for name in ("pgserver/pginstall", "pgserver.libs"):
+                shutil.copytree(package.parent / name, directory / name)
+            package = directory / "pgserver"
     binaries = package / "pginstall/bin"
     who = {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     data = directory / "data"

@@ -22,15 +22,16 @@ from sqlalchemy import Engine, event
 
 import adapter_store.uploads
 from adapter_store.store import Store
-from tests.adapter_store.uploads import good
+from tests.adapter_store.uploads import CONFIG, weights
 
 CHUNK = 40
+FILES = {"adapter_config.json": json.dumps({**CONFIG, "lora_alpha": 8}).encode(), "adapter_model.safetensors": weights(1)}
 
 
 def push_directly(store: Store) -> None:
     """All files in one upload, as a form sends them."""
     with store.begin_upload() as staging:
-        for name, content in good(1).items():
+        for name, content in FILES.items():
             with staging.open(name) as writer:
                 for start in range(0, len(content), CHUNK):
                     writer.write(content[start : start + CHUNK])
@@ -40,7 +41,7 @@ def push_directly(store: Store) -> None:
 def push_by_blobs(store: Store) -> None:
     """Each file as a resumable upload in two pieces, then an adapter of them."""
     claimed = {}
-    for name, content in good(1).items():
+    for name, content in FILES.items():
         upload = store.begin_blob("acme")
         for piece in (content[: len(content) // 2], content[len(content) // 2 :]):
             with store.append_blob("acme", upload, store.blob_offset("acme", upload)) as writer:

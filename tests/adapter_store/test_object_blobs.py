@@ -121,6 +121,17 @@ def test_a_copy_that_another_process_evicted_is_fetched_again(tmp_path: Path, do
     assert downloads.calls == 2
 
 
+def test_a_link_that_cannot_be_made_is_no_reason_to_download_again(tmp_path: Path, downloads: Counted) -> None:
+    blobs = make(tmp_path)
+    sha256 = put(blobs, tmp_path, b"hello")
+    with pytest.raises(FileNotFoundError):
+        blobs.link(sha256, tmp_path / "no such directory" / "target")
+    (tmp_path / "cache" / "xx").mkdir()
+    (tmp_path / "cache" / "xx" / "not a blob").touch()
+    assert get(make(tmp_path, max_bytes=1, store=blobs._quick), tmp_path, sha256) == b"hello"
+    assert downloads.calls == 1
+
+
 def test_the_least_recently_used_copy_goes_and_links_stay(tmp_path: Path) -> None:
     cache = BlobCache(tmp_path / "cache", 250)
     store = MemoryStore()
@@ -157,7 +168,7 @@ def test_a_damaged_object_is_not_served(tmp_path: Path) -> None:
     assert blobs.clear(math.inf) == 0
 
 
-def test_a_missing_object_is_an_answer_and_keeps_the_breaker_open_for_all(tmp_path: Path) -> None:
+def test_a_missing_object_is_an_answer_and_no_reason_to_stop_asking(tmp_path: Path) -> None:
     blobs = make(tmp_path)
     sha256 = put(blobs, tmp_path, b"hello")
     for digit in "0123456789":
@@ -297,7 +308,7 @@ def test_plain_http_is_spoken_only_where_the_endpoint_says_so(
         put(ObjectBlobs.from_url(remote, BlobCache(tmp_path / "cache", 1 << 20)), tmp_path, b"hello")
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "/directory", "https://bucket.example.com/x"])
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "s3:///x", "/directory", "https://bucket.example.com/x"])
 def test_other_urls_are_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(StoreError, match="s3://bucket/prefix"):
         ObjectBlobs.from_url(url, BlobCache(tmp_path / "cache", 1 << 20))

@@ -272,6 +272,8 @@ def race(open_store: Callable[[Callable[[], float]], Store]) -> None:
     def sweep() -> int:
         swept = 0
         while pushing:
+            # Long enough for most uploads, too short for some.
+            time.sleep(0.02)
             # Not the rest of a sweep: the files of uploads under way are not an hour old.
             swept += sum(
                 sweeper._blob_records.remove(sha256, sweeper._blobs.delete) for sha256 in sweeper._blob_records.orphans()
