@@ -70,13 +70,14 @@ class BlobRecords:
         """Remove a blob's row and bytes, if it is still an orphan. Who wants to store it meanwhile waits until both are gone."""
         with self._database.write() as connection:
             # Whoever is about to use the blob holds its row; only what is read after that has ended counts.
-            connection.execute(select(blobs.c.sha256).where(blobs.c.sha256 == sha256).with_for_update())
+            if connection.execute(select(blobs.c.sha256).where(blobs.c.sha256 == sha256).with_for_update()).first() is None:
+                return False  # another sweep was faster; a row that somebody makes from now on is not locked
             gone = connection.execute(delete(blobs).where(blobs.c.sha256 == sha256, self._orphaned())).rowcount == 1
             if gone:
                 remove_bytes(sha256)
             return gone
 
-    def take_over(self, stored: Callable[[], Iterable[str]], size_of: Callable[[str], int]) -> None:
+    def take_over(self, stored: Callable[[], Iterable[str]], size_of: Callable[[str], int | None]) -> None:
         """Complete the rows of a store that was made before there were any: the sizes of the blobs that its versions name, and
         rows for blobs that nobody needs. ``stored`` gives the digests of all blobs. Does nothing to any other store."""
         with self._database.read() as connection:

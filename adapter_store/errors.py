@@ -10,7 +10,13 @@ StoreError
 ├── VersionInUse           a tag or an alias names what is to be removed
 ├── IdempotencyKeyReused   the key came with another request before
 ├── PinLimit               the tenant has as many pins as it may have
+├── InvalidDigest          a text is no sha256 digest
 ├── UploadTooLarge         the upload is over the byte cap
+├── UploadNotFound         no such resumable upload for this tenant
+├── OffsetMismatch         a piece does not start where the upload ends
+├── DigestMismatch         what arrived has another digest than the caller says
+├── TooManyUploads         the tenant has too many unfinished uploads
+├── BlobNotFound           the tenant owns no such blob
 ├── BlobCorrupt            stored bytes do not match their digest
 ├── StorageFull            no space left to store the upload
 └── StoreUnavailable       a backend (catalog, blobs, registry) cannot be reached
@@ -61,10 +67,50 @@ class InvalidName(StoreError):
     code = "invalid_adapter_name"
 
 
+class InvalidDigest(StoreError):
+    """A text is not ``sha256:`` and 64 hex digits."""
+
+    code = "invalid_digest"
+
+
 class UploadTooLarge(StoreError):
     """The upload is over the byte cap."""
 
     code = "upload_too_large"
+
+
+class UploadNotFound(StoreError):
+    """No such upload for this tenant. The same for "not yours" and "not there"."""
+
+    code = "upload_not_found"
+
+
+class OffsetMismatch(StoreError):
+    """A piece does not start where the upload ends: at ``offset``, in bytes."""
+
+    code = "upload_offset_mismatch"
+
+    def __init__(self, message: str, offset: int) -> None:
+        super().__init__(message)
+        self.offset = offset
+
+
+class DigestMismatch(StoreError):
+    """What arrived has another digest than the caller says."""
+
+    code = "digest_mismatch"
+
+
+class TooManyUploads(StoreError):
+    """The tenant has too many unfinished uploads."""
+
+    code = "too_many_uploads"
+
+
+class BlobNotFound(StoreError):
+    """The tenant owns no such blob. The same for "not yours" and "not there"."""
+
+    code = "blob_not_found"
 
 
 class BlobCorrupt(StoreError):

@@ -6,6 +6,7 @@ Everything works on a connection, so that a caller can look and change in one tr
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Column, Connection, Row, Table, and_, bindparam, select
@@ -20,7 +21,10 @@ _names, _versions, _tags, _files = schema.names, schema.versions, schema.tags, s
 
 _file_columns = (_files.c.role, _files.c.filename, _files.c.sha256, schema.blobs.c.nbytes)
 
-# Built once: the first five are asked for with every request.
+_MAX_IN = 500
+"""Parameters of one query; databases bound them."""
+
+# Built once: a reference is resolved with every request.
 _OF_NAME = select(_versions).where(_versions.c.tenant == bindparam("tenant"), _versions.c.name == bindparam("name"))
 _BY_NUMBER = _OF_NAME.where(_versions.c.number == bindparam("number"))
 _BY_DIGEST = _OF_NAME.where(_versions.c.digest.startswith(bindparam("digest")))
@@ -80,6 +84,19 @@ def find_record(connection: Connection, tenant: str, name: str) -> AdapterRecord
     """An adapter with all of its versions and tags, or None."""
     records = _records(connection, _adapters(tenant).where(_names.c.name == name), tenant)
     return records[0] if records else None
+
+
+def find_digests(connection: Connection, digests: Collection[str]) -> list[AdapterVersion]:
+    """All versions of all tenants with these digests."""
+    found, wanted = [], sorted(digests)
+    for start in range(0, len(wanted), _MAX_IN):
+        some = _versions.c.digest.in_(wanted[start : start + _MAX_IN])
+        query = select(_versions.c.tenant, _versions.c.name, _versions.c.number).where(some)
+        for tenant, name, number in connection.execute(query.order_by(*query.selected_columns)).all():
+            version = find_version(connection, tenant, Reference(name, number=number))
+            assert version is not None, "one transaction sees one state"
+            found.append(version)
+    return found
 
 
 def page(connection: Connection, tenant: str, limit: int, after: str) -> tuple[AdapterRecord, ...]:

@@ -49,6 +49,11 @@ class Metrics:
         self.load_seconds = Histogram(
             "medley_adapter_load_seconds", "Time of adapter loads by tier reached.", ["tier"], buckets=_LATENCY, registry=registry
         )
+        self.quarantined = Gauge(
+            "medley_adapters_quarantined",
+            "Programs refused because they failed a tenant three times in a row.",
+            registry=registry,
+        )
         self.degraded = Gauge("medley_degraded", "1 while a dependency does not answer.", ["dep"], registry=registry)
         Gauge("medley_build_info", "1; the labels say what runs.", ["version"], registry=registry).labels(__version__).set(1)
         self.registry.register(_EngineCollector(engine))
@@ -97,6 +102,10 @@ class _EngineCollector(Collector):
         size.add_metric(["device"], stats.bank_bytes_used)
         size.add_metric(["host"], stats.host_bytes_used)
         yield size
+        hits = CounterMetricFamily("medley_adapter_hits", "Requests by where their adapter was when they came.", labels=["tier"])
+        for tier in ("resident", "host", "disk"):
+            hits.add_metric([tier], stats.counters.get(f"{tier}_hits", 0))
+        yield hits
         for name, (metric, text) in _COUNTERS.items():
             yield CounterMetricFamily(metric, text, stats.counters.get(name, 0))
         prefix = CounterMetricFamily("medley_prefix_cache_tokens", "Prompt tokens by prefix cache result.", labels=["result"])

@@ -16,6 +16,7 @@ import transformers
 
 from server.engine.base_dir import prepare_base
 from tests.postgres import fresh_database, running_postgres
+from tests.seaweed import Seaweed, running_seaweed
 from tests.tiny import make_tiny
 
 TinyModels = Callable[[str], Path]
@@ -51,6 +52,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 def smollm2() -> Path:
     """The real default base, converted once into the data directory that the demo uses too."""
     return prepare_base(None, Path(__file__).parents[1] / ".medley").path
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A real S3-compatible store."""
+    with running_seaweed(tmp_path_factory.mktemp("seaweed")) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")

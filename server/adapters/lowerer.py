@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from typing import Any
 import msgspec
 import zmq
 import zmq.asyncio
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from server.adapters.composites import Composites
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.identity import program_id
+from server.adapters.program_files import ProgramFiles
 from server.adapters.turns import Turns
 
 _START_TIMEOUT_S = 120.0
@@ -32,8 +32,8 @@ _MAX_WAITING = 16
 """Uploads and compositions of a tenant that may wait for their turn."""
 _NOBODY = ""
 """Starting and stopping have their turns too."""
-_COMPOSITE_BUDGET = 8
-"""Bytes of composite files, counted in programs of the largest size: what leaves the disk has most likely left the device before."""
+Checkout = Callable[[], AbstractContextManager[Mapping[str, Path]]]
+"""An adapter's files by role, which stay while the context is open. Called only where they are needed, in a thread: it may have to fetch them."""
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -101,10 +101,12 @@ class LowererClient:
         timeout_s: float = 120.0,
         max_program_bytes: int = 1 << 30,
         max_memory_bytes: int = 16 << 30,
+        max_disk_bytes: int = 64 << 30,
+        on_unused: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """``on_unused`` is told of a deleted adapter's programs when nobody uses them any more."""
         self._base_digest = base_digest
-        self._programs = programs_dir / base_digest[:12]
-        self._composites = Composites(self._programs / "composites", _COMPOSITE_BUDGET * max_program_bytes)
+        self._files = ProgramFiles(programs_dir / base_digest[:12], max_disk_bytes, on_unused)
         self._timeout_s = timeout_s
         self._directory = tempfile.TemporaryDirectory(prefix="medley-")
         self._start = Start("", str(base_dir), base_digest, dtype, max_program_bytes, max_memory_bytes)
@@ -117,8 +119,7 @@ class LowererClient:
 
     async def start(self, stored: Collection[str]) -> None:
         """Start the child and wait until it knows the base. Programs of other adapters than the ``stored`` digests are removed."""
-        await asyncio.to_thread(self._composites.clear)
-        await asyncio.to_thread(self._sweep, stored)
+        await asyncio.to_thread(self._files.open, {self.program_id(digest): digest for digest in stored})
         async with self._turns.of(_NOBODY):
             await self._launch()
 
@@ -134,16 +135,20 @@ class LowererClient:
         """The id of the program that a single adapter lowers to."""
         return program_id(((digest, 1.0),), self._base_digest)
 
-    async def ensure(self, tenant: str, digest: str, files: Mapping[str, Path]) -> LoweredProgram:
-        """The program of the adapter with these files by role, lowered now unless it is there.
+    def using(self, parts: Sequence[tuple[str, float]], drop: int = 0) -> AbstractContextManager[None]:
+        """Keeps the program file of the adapters ``(digest, weight)`` for as long as a request may need it."""
+        return self._files.using(program_id(tuple(parts), self._base_digest, drop=drop), frozenset(digest for digest, _ in parts))
+
+    async def ensure(self, tenant: str, digest: str, checkout: Checkout) -> LoweredProgram:
+        """The program of one adapter, lowered now from its files unless it is there. Call it, and use what it gives, ``using`` it.
 
         Raises LoweringError with all faults, and TooManyWaiting when the tenant has too much under way.
         """
         name = self.program_id(digest)
-        return await self._once(name, lambda: self._ensure(tenant, name, files))
+        return await self._once(name, lambda: self._ensure(tenant, name, checkout))
 
     async def compose(self, tenant: str, parts: Sequence[tuple[str, float]], drop: int = 0) -> LoweredProgram:
-        """The program of several adapters ``(digest, weight)`` together, without the edits of the first ``drop`` layers.
+        """The program of several adapters together, without the edits of the first ``drop`` layers.
 
         Call it, and use what it gives, ``using`` them. Their own programs must be there: ``ensure`` each of them first. Raises TooManyWaiting, and
         LoweringError, whose faults are ``not_composable`` where the adapters do not add up.
@@ -151,14 +156,12 @@ class LowererClient:
         name = program_id(tuple(parts), self._base_digest, drop=drop)
         return await self._once(name, lambda: self._compose(tenant, name, parts, drop))
 
-    def using(self, parts: Sequence[tuple[str, float]], drop: int = 0) -> AbstractContextManager[None]:
-        """Keeps the file of a composition for as long as a request runs on it; single adapters' programs always stay."""
-        name = program_id(tuple(parts), self._base_digest, drop=drop)
-        return self._composites.using(name, frozenset(digest for digest, _ in parts))
-
     def forget(self, digest: str) -> list[str]:
-        """A deleted adapter's composites go with it. Returns the ids of all programs that were made of it."""
-        return [self.program_id(digest), *self._composites.forget(digest)]
+        """An adapter was deleted: what is made of it goes too. Returns the ids of the programs that nobody uses; ``on_unused`` tells of the
+        others when their users are gone."""
+        single = self.program_id(digest)
+        # It may be on the device without a file: files have a budget of their own.
+        return list(dict.fromkeys([*self._files.forget(digest), *([] if self._files.knows(single) else [single])]))
 
     async def _once(self, name: str, make: Callable[[], Coroutine[Any, Any, LoweredProgram]]) -> LoweredProgram:
         """However many ask at a time, a program is made once."""
@@ -170,35 +173,43 @@ class LowererClient:
         # One caller that goes away must not take the work from the others.
         return await asyncio.shield(task)
 
-    async def _ensure(self, tenant: str, name: str, files: Mapping[str, Path]) -> LoweredProgram:
-        path = self._path(name)
-        if path.exists():
-            return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
-        return await self._make(tenant, Job({role: str(file) for role, file in files.items()}, str(path), name))
+    async def _ensure(self, tenant: str, name: str, checkout: Checkout) -> LoweredProgram:
+        if (found := await self._find(name)) is not None:
+            return found
+        async with AsyncExitStack() as stack:
+            context = checkout()
+            files = await asyncio.to_thread(context.__enter__)
+            stack.push_async_callback(asyncio.to_thread, context.__exit__, None, None, None)
+            job = Job({role: str(file) for role, file in files.items()}, str(self._files.path(name)), name)
+            return await self._make(tenant, job)
 
     async def _compose(self, tenant: str, name: str, parts: Sequence[tuple[str, float]], drop: int) -> LoweredProgram:
-        if (path := self._composites.find(name)) is not None:
-            return LoweredProgram(name, path, await asyncio.to_thread(_facts, path))
-        ingredients = [Ingredient(digest, weight, str(self._path(self.program_id(digest)))) for digest, weight in parts]
-        made = await self._make(tenant, Compose(ingredients, drop, str(self._composites.path(name)), name))
-        self._composites.add(name)
-        return made
+        if (found := await self._find(name)) is not None:
+            return found
+        ingredients = [Ingredient(digest, weight, str(self._files.path(self.program_id(digest)))) for digest, weight in parts]
+        return await self._make(tenant, Compose(ingredients, drop, str(self._files.path(name)), name))
 
-    def _sweep(self, stored: Collection[str]) -> None:
-        """Remove what deleted adapters and interrupted writes left; while the server runs, a request may still need it."""
-        kept = {self._path(self.program_id(digest)) for digest in stored}
-        for path in self._programs.iterdir():
-            if path.is_file() and path not in kept:
-                path.unlink(missing_ok=True)
-
-    def _path(self, program_id: str) -> Path:
-        return self._programs / f"{program_id}.safetensors"
+    async def _find(self, name: str) -> LoweredProgram | None:
+        """The program, if its file is there and can be read."""
+        path = self._files.find(name)
+        if path is None:
+            return None
+        facts = self._files.facts(name)
+        if facts is None:
+            # Left by an earlier process; what cannot be read is made again.
+            try:
+                facts = await asyncio.to_thread(_facts, path)
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+                return None
+            self._files.remember(name, facts)
+        return LoweredProgram(name, path, facts)
 
     async def _make(self, tenant: str, job: Job | Compose) -> LoweredProgram:
         async with self._turns.of(tenant):
             done = await self._run(job)
         if done.faults:
             raise LoweringError(done.faults)
+        self._files.add(job.program_id, done.facts)
         return LoweredProgram(job.program_id, Path(job.program), done.facts)
 
     async def _run(self, job: Job | Compose) -> Done:
@@ -229,7 +240,6 @@ class LowererClient:
 
     async def _launch(self) -> None:
         await self._end_child()
-        self._programs.mkdir(parents=True, exist_ok=True)
         self._starts += 1
         address = f"ipc://{Path(self._directory.name) / f'lowerer-{self._starts}.sock'}"
         self._socket = self._context.socket(zmq.PAIR)

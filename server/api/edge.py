@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.auth import Keys
+from server.api.blobs import UPLOADS
 from server.errors import ApiError
 from server.log import access
 from server.metrics import Metrics
@@ -29,7 +30,8 @@ log = logging.getLogger("medley.access")
 
 
 class Edge:
-    """Wraps the application. ``scope["state"]`` then has ``tenant``, ``request_id``, and ``held``: what stays until all of the reply is sent."""
+    """Wraps the application. ``scope["state"]`` then has ``tenant``, ``is_operator``, ``request_id``, and ``held``: what stays until all of the reply
+    is sent."""
 
     def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics) -> None:
         self._app = app
@@ -45,7 +47,7 @@ class Edge:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         state = scope.setdefault("state", {})
-        state["request_id"], state["tenant"], state["held"] = request_id, "", ExitStack()
+        state["request_id"], state["tenant"], state["is_operator"], state["held"] = request_id, "", False, ExitStack()
         status = 500
 
         async def tagged(message: Message) -> None:
@@ -66,7 +68,8 @@ class Edge:
 
     def _admit(self, scope: Scope, headers: dict[str, str], state: dict[str, Any]) -> None:
         if scope["path"] not in OPEN_PATHS:
-            state["tenant"] = self._keys.tenant(headers.get("authorization"))
+            caller = self._keys.caller(headers.get("authorization"))
+            state["tenant"], state["is_operator"] = caller.tenant, caller.is_operator
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError("unsupported_encoding", "compressed request bodies are not read; send the body plain")
         length = headers.get("content-length", "0")
@@ -99,7 +102,8 @@ def error_response(path: str, error: ApiError) -> JSONResponse:
 
 
 def _is_upload(path: str) -> bool:
-    return path == "/v1/adapters"
+    """Whether the route reads the body itself, as it comes."""
+    return path == "/v1/adapters" or path.startswith(UPLOADS)
 
 
 async def _read(receive: Receive) -> Receive:

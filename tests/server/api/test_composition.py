@@ -72,7 +72,7 @@ def expected(model: Path, adapters: dict[str, Path], weights: dict[str, float], 
 
 
 def composites(live: Live) -> list[Path]:
-    return list(live.data_dir.glob("programs/*/composites/*"))
+    return list(live.data_dir.glob("programs/*/*.safetensors"))
 
 
 def slots(live: Live) -> int:

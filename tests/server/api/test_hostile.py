@@ -189,7 +189,7 @@ def test_what_is_anothers_and_what_is_not_there_are_the_same(live: Live) -> None
 
 
 def composites(live: Live) -> set[Path]:
-    return set(live.data_dir.glob("programs/*/composites/*"))
+    return set(live.data_dir.glob("programs/*/*.safetensors"))
 
 
 def test_a_delete_does_not_reach_the_same_files_of_another(live: Live, adapters: dict[str, Path]) -> None:

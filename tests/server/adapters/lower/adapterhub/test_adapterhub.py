@@ -171,8 +171,12 @@ async def test_the_lowering_process_reads_every_file_of_an_adapter(tmp_path: Pat
     client = LowererClient(base_directory("llama"), "0" * 64, "float32", tmp_path)
     await client.start(stored=())
     try:
-        fusion = await client.ensure("acme", "sha256:1", golden_files(GOLDEN / "cases" / "llama-fusion"))
-        headed = await client.ensure("acme", "sha256:2", golden_files(GOLDEN / "cases" / "llama-lm_head_trained"))
+        with client.using((("sha256:1", 1.0),)), client.using((("sha256:2", 1.0),)):
+            fusion = await client.ensure(
+                "acme", "sha256:1", lambda: contextlib.nullcontext(golden_files(GOLDEN / "cases" / "llama-fusion"))
+            )
+            head = GOLDEN / "cases" / "llama-lm_head_trained"
+            headed = await client.ensure("acme", "sha256:2", lambda: contextlib.nullcontext(golden_files(head)))
     finally:
         await client.stop()
     assert (fusion.facts["method"], fusion.facts["sites"]) == ("fusion", 2)

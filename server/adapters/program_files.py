@@ -1,0 +1,123 @@
+"""The files of lowered programs: which there are, of which adapters, and who needs them, under one byte budget. Standard library only; knows
+no tensor.
+
+Any of them can be made again from the adapters' files, so that the least recently asked for go when the budget is spent. A file in use
+stays: its program may have to be loaded once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(slots=True)
+class _Program:
+    """``nbytes`` 0: it is wanted, and not made yet. ``users`` are requests, from before they ask for it to their end."""
+
+    digests: frozenset[str]
+    nbytes: int = 0
+    users: int = 0
+    doomed: bool = False
+    facts: dict[str, Any] | None = None
+
+
+class ProgramFiles:
+    """A directory of its own. ``on_unused`` is told of programs of deleted adapters when their last user goes. For one event loop."""
+
+    def __init__(self, directory: Path, max_bytes: int, on_unused: Callable[[str], None] = lambda _: None) -> None:
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._on_unused = on_unused
+        self._known: OrderedDict[str, _Program] = OrderedDict()
+        self.nbytes = 0
+
+    def open(self, stored: Mapping[str, str]) -> None:
+        """Take over what an earlier process left of the ``stored`` adapters (program id → digest), and remove everything else: programs
+        of several adapters, of deleted ones, and interrupted writes."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._directory.iterdir(), key=lambda path: path.stat().st_mtime):
+            digest = stored.get(path.stem)
+            if digest is None or path.name != self.path(path.stem).name:
+                path.unlink(missing_ok=True)
+                continue
+            self._known[path.stem] = _Program(frozenset((digest,)))
+            self.add(path.stem)
+
+    def path(self, program_id: str) -> Path:
+        return self._directory / f"{program_id}.safetensors"
+
+    @contextlib.contextmanager
+    def using(self, program_id: str, digests: frozenset[str]) -> Iterator[None]:
+        """Keep a program of these adapters, or the place for it, while somebody may need it."""
+        item = self._known.setdefault(program_id, _Program(digests))
+        item.users += 1
+        try:
+            yield
+        finally:
+            item.users -= 1
+            if not item.users and (item.doomed or not item.nbytes):
+                self._remove(program_id)
+                if item.doomed:
+                    self._on_unused(program_id)
+
+    def find(self, program_id: str) -> Path | None:
+        """The file of a program in use, if it was made already; asking keeps it from going first."""
+        item = self._known.get(program_id)
+        if item is None:
+            return None
+        self._known.move_to_end(program_id)
+        # Who asks has the adapters: pushed again, if they were deleted.
+        item.doomed = False
+        path = self.path(program_id)
+        return path if item.nbytes and path.exists() else None
+
+    def knows(self, program_id: str) -> bool:
+        """Whether the program is there, or somebody wants it."""
+        return program_id in self._known
+
+    def facts(self, program_id: str) -> dict[str, Any] | None:
+        """What is remembered of a program."""
+        return self._known[program_id].facts if program_id in self._known else None
+
+    def remember(self, program_id: str, facts: dict[str, Any]) -> None:
+        """Keep what is known of a program, so that its file need not be opened for each request."""
+        if program_id in self._known:
+            self._known[program_id].facts = facts
+
+    def add(self, program_id: str, facts: dict[str, Any] | None = None) -> None:
+        """The file of a program was written. Others go when the budget is spent, those in use excepted."""
+        item = self._known.get(program_id)
+        path = self.path(program_id)
+        if item is None:
+            # Everybody who wanted it went away while it was made.
+            path.unlink(missing_ok=True)
+            return
+        self.nbytes -= item.nbytes
+        item.nbytes, item.facts = path.stat().st_size, facts
+        self.nbytes += item.nbytes
+        self._known.move_to_end(program_id)
+        for name in list(self._known):
+            if self.nbytes <= self._max_bytes:
+                break
+            if name != program_id and not self._known[name].users:
+                self._remove(name)
+
+    def forget(self, digest: str) -> list[str]:
+        """An adapter was deleted: remove what is made of it. Returns the ids of the programs that nobody uses; ``on_unused`` tells of the
+        others later."""
+        found = [name for name, item in self._known.items() if digest in item.digests]
+        unused = [name for name in found if not self._known[name].users]
+        for name in found:
+            self._known[name].doomed = True
+        for name in unused:
+            self._remove(name)
+        return unused
+
+    def _remove(self, program_id: str) -> None:
+        self.nbytes -= self._known.pop(program_id).nbytes
+        self.path(program_id).unlink(missing_ok=True)

@@ -1,0 +1,82 @@
+"""Pinned adapters: on the device whatever else comes. The catalog knows which; this keeps the engine to it.
+
+All pins together take at most a part of the bank, so that there is room for everybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import ExitStack
+from functools import partial
+
+from adapter_store.errors import PinLimit
+from adapter_store.store import Store
+from adapter_store.types import AdapterVersion
+from server.adapters.lowerer import LoweredProgram, LowererClient
+from server.engine.client import EngineClient
+from server.engine.types import ProgramRef
+from server.errors import ADAPTER_ERRORS
+
+log = logging.getLogger(__name__)
+
+
+class Pins:
+    """For one event loop."""
+
+    def __init__(self, store: Store, lowerer: LowererClient, engine: EngineClient) -> None:
+        self._store = store
+        self._lowerer = lowerer
+        self._engine = engine
+        # By digest: bytes on the device, and what keeps the program's file.
+        self._held: dict[str, tuple[int, ExitStack]] = {}
+        self._changing = asyncio.Lock()
+
+    async def pin(self, version: AdapterVersion) -> None:
+        """Keep a version of a tenant's on the device. Raises PinLimit, and what lowering raises."""
+        async with self._changing:
+            await asyncio.to_thread(self._store.pin, version.tenant, version.digest)
+            try:
+                await self._hold(version)
+            except BaseException:
+                await asyncio.to_thread(self._store.unpin, version.tenant, version.digest)
+                raise
+
+    async def unpin(self, version: AdapterVersion) -> None:
+        """Let it go like others. That it was not pinned is no error."""
+        await asyncio.to_thread(self._store.unpin, version.tenant, version.digest)
+        await self.sync()
+
+    async def sync(self) -> None:
+        """Do what the catalog says: after a start, a delete, or a change on another replica. Raises StoreError."""
+        async with self._changing:
+            wanted = {version.digest: version for version in await asyncio.to_thread(self._store.pinned_versions)}
+            for digest in self._held.keys() - wanted.keys():
+                _, held = self._held.pop(digest)
+                await self._engine.unpin_program(self._lowerer.program_id(digest))
+                held.close()
+            for digest in wanted.keys() - self._held.keys():
+                try:
+                    await self._hold(wanted[digest])
+                except ADAPTER_ERRORS as error:
+                    log.warning("a pinned adapter (%s) cannot be loaded: %s", digest[:19], error)
+
+    async def _hold(self, version: AdapterVersion) -> None:
+        if version.digest in self._held:
+            return
+        with ExitStack() as stack:
+            stack.enter_context(self._lowerer.using(((version.digest, 1.0),)))
+            program = await self._lowerer.ensure(version.tenant, version.digest, partial(self._store.checkout, version))
+            nbytes = int(program.facts["program_bytes"])
+            sizes = [size for size, _ in self._held.values()]
+            if not self._engine.pins_fit([*sizes, nbytes]):
+                raise PinLimit(
+                    f"{len(sizes)} pinned adapters take {sum(sizes)} bytes, and {nbytes} more are too much; unpin another first"
+                )
+            await self._engine.pin_program(program_ref(program))
+            self._held[version.digest] = (nbytes, stack.pop_all())
+
+
+def program_ref(program: LoweredProgram) -> ProgramRef:
+    """A lowered program, as the engine is told of it."""
+    return ProgramRef(program.program_id, str(program.path), program.facts.get("room_taken", 0))
