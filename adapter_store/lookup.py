@@ -19,12 +19,12 @@ from adapter_store.types import LATEST, AdapterRecord, AdapterVersion, VersionFi
 
 _names, _versions, _tags, _files = schema.names, schema.versions, schema.tags, schema.files
 
+_file_columns = (_files.c.role, _files.c.filename, _files.c.sha256, schema.blobs.c.nbytes)
+
 _MAX_IN = 500
 """Parameters of one query; databases bound them."""
 
-_file_columns = (_files.c.role, _files.c.filename, _files.c.sha256, schema.blobs.c.nbytes)
-
-# Built once: the first five are asked for with every request.
+# Built once: a reference is resolved with every request.
 _OF_NAME = select(_versions).where(_versions.c.tenant == bindparam("tenant"), _versions.c.name == bindparam("name"))
 _BY_NUMBER = _OF_NAME.where(_versions.c.number == bindparam("number"))
 _BY_DIGEST = _OF_NAME.where(_versions.c.digest.startswith(bindparam("digest")))
@@ -92,9 +92,11 @@ def find_digests(connection: Connection, digests: Collection[str]) -> list[Adapt
     for start in range(0, len(wanted), _MAX_IN):
         some = _versions.c.digest.in_(wanted[start : start + _MAX_IN])
         query = select(_versions.c.tenant, _versions.c.name, _versions.c.number).where(some)
-        for row in connection.execute(query.order_by(*query.selected_columns)).all():
-            found.append(find_version(connection, row.tenant, Reference(row.name, number=row.number)))
-    return [version for version in found if version is not None]
+        for tenant, name, number in connection.execute(query.order_by(*query.selected_columns)).all():
+            version = find_version(connection, tenant, Reference(name, number=number))
+            assert version is not None, "one transaction sees one state"
+            found.append(version)
+    return found
 
 
 def page(connection: Connection, tenant: str, limit: int, after: str) -> tuple[AdapterRecord, ...]:
