@@ -74,7 +74,8 @@ async def fill(data_dir: Path, stock: Stock, base: BaseDir, dtype: str, kind: Sm
         for number in track(sorted(used), description="registering and lowering those that will be asked for"):
             with store.begin_upload() as staging:
                 staged = stage(staging, number)
-                program = await lowerer.ensure(stock.tenant(number), staged.digest, partial(nullcontext, staged.paths))
+                with lowerer.using(((staged.digest, 1.0),)):
+                    program = await lowerer.ensure(stock.tenant(number), staged.digest, partial(nullcontext, staged.paths))
                 programs[number], facts = program.path, program.facts
                 store.commit(stock.tenant(number), stock.name(number), staged, facts)
         rest = [number for number in range(stock.count) if number not in programs]
