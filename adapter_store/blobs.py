@@ -1,37 +1,46 @@
-"""Content-addressed files.
+"""Blobs: files by the sha256 of their bytes. What a backend must do, and the local directory.
 
     blobs/
       sha256/
         ab/
-          ab12…   a blob, named by the sha256 of its bytes; written once, never changed
-    uploads/      temporary directories of uploads under way; swept at start
+          ab12…   a blob; written once, never changed
+          .ab12…  one being written; what a crash leaves of it is cleared by age
 
-A blob becomes visible by a rename after its bytes are on disk, so that it is there whole or not at all.
+Knows nothing of tenants, and not whether anybody needs a blob.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from adapter_store.errors import BlobCorrupt, StorageFull, StoreError
+from adapter_store.durable import clear_hidden, digest_of, read_chunks, write_durably
+from adapter_store.errors import BlobCorrupt, StoreError
 
 _HEX = re.compile("[0-9a-f]{64}")
 
 
 class BlobStore(Protocol):
-    """What a backend must do. Digests are 64 hex digits."""
+    """What a backend must do. Thread-safe. Digests are 64 hex digits; anything else raises StoreError.
 
-    def put(self, source: Path, sha256: str) -> None:
-        """Store a file's bytes under their digest. Storing what is there already is no error."""
+    Every method may raise StoreUnavailable; the backend then answers again later, and the same call may be repeated.
+    """
 
-    def path(self, sha256: str) -> Path:
-        """A local file with the blob's bytes. Raises BlobCorrupt when it is missing."""
+    def put(self, source: Path, sha256: str, *, fresh: bool = True) -> None:
+        """Store a file's bytes under their digest; afterwards they survive a crash. Storing what is there already is no error.
+
+        ``fresh`` says that nobody is known to have stored them: they are written without a look. Otherwise they are written if they are
+        missing. Raises BlobCorrupt if the bytes have another digest, StorageFull.
+        """
+
+    def link(self, sha256: str, target: Path) -> None:
+        """Make ``target`` a local file with the blob's bytes, which stays whatever becomes of the blob. It must never be written to.
+
+        Raises BlobCorrupt when the blob is missing or damaged.
+        """
 
     def delete(self, sha256: str) -> None:
         """Forget a blob; unknown ones are no error."""
@@ -39,65 +48,48 @@ class BlobStore(Protocol):
     def digests(self) -> Iterator[str]:
         """Everything stored."""
 
+    def clear(self, age_s: float) -> int:
+        """Remove what crashes left on the local disk, if it is older than ``age_s`` seconds. Returns how many files."""
+
 
 class LocalBlobs:
-    """Blobs in a local directory."""
+    """Blobs in a local directory. Files are linked, not copied: targets must be on the same filesystem."""
 
     def __init__(self, root: Path) -> None:
         self._root = root / "sha256"
         self._root.mkdir(parents=True, exist_ok=True)
 
-    def put(self, source: Path, sha256: str) -> None:
-        target = self._place(sha256)
-        if target.exists():
-            return
-        target.parent.mkdir(exist_ok=True)
-        temporary = target.parent / f".{sha256}.{os.getpid()}.{os.urandom(4).hex()}"
-        try:
-            self._copy(source, temporary, sha256)
-            os.replace(temporary, target)
-            _sync_directory(target.parent)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull("no space is left to store the adapter") from error
-            raise
-        finally:
-            temporary.unlink(missing_ok=True)
+    def put(self, source: Path, sha256: str, *, fresh: bool = True) -> None:
+        target = self._root / blob_key(sha256)
+        # A damaged blob is mended by pushing it again, which is why its bytes are read and not only its name.
+        if fresh or not target.exists() or digest_of(target) != sha256:
+            write_durably(read_chunks(source), sha256, target)
 
-    def path(self, sha256: str) -> Path:
-        target = self._place(sha256)
-        if not target.exists():
-            raise BlobCorrupt(f"blob {sha256[:12]} is missing from the store")
-        return target
+    def link(self, sha256: str, target: Path) -> None:
+        try:
+            os.link(self._root / blob_key(sha256), target)
+        except FileNotFoundError as error:
+            raise missing(sha256) from error
 
     def delete(self, sha256: str) -> None:
-        self._place(sha256).unlink(missing_ok=True)
+        (self._root / blob_key(sha256)).unlink(missing_ok=True)
 
     def digests(self) -> Iterator[str]:
         for path in self._root.glob("??/*"):
             if _HEX.fullmatch(path.name):
                 yield path.name
 
-    def _copy(self, source: Path, target: Path, sha256: str) -> None:
-        digest = hashlib.sha256()
-        with source.open("rb") as reader, target.open("xb") as writer:
-            while chunk := reader.read(1 << 20):
-                digest.update(chunk)
-                writer.write(chunk)
-            writer.flush()
-            os.fsync(writer.fileno())
-        if digest.hexdigest() != sha256:
-            raise BlobCorrupt(f"the bytes stored for {sha256[:12]} have another digest")
-
-    def _place(self, sha256: str) -> Path:
-        if not _HEX.fullmatch(sha256):
-            raise StoreError(f"{sha256[:80]!r} is not a sha256 digest")
-        return self._root / sha256[:2] / sha256
+    def clear(self, age_s: float) -> int:
+        return clear_hidden(self._root, age_s)
 
 
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def blob_key(sha256: str) -> str:
+    """Where a blob lies below a store's root: ``ab/ab12…``. Raises StoreError for what is no digest."""
+    if not _HEX.fullmatch(sha256):
+        raise StoreError(f"{sha256[:80]!r} is not a sha256 digest")
+    return f"{sha256[:2]}/{sha256}"
+
+
+def missing(sha256: str) -> BlobCorrupt:
+    """The error for a blob that ought to be there."""
+    return BlobCorrupt(f"blob {sha256[:12]} is missing from the store; push the adapter again")

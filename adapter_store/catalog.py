@@ -1,256 +1,254 @@
-"""The catalog: which tenant has which adapter names, and which version each name means. SQLAlchemy Core, SQLite by default."""
+"""The catalog: which tenant has which adapters, their versions, and what their tags name. Each change is one transaction.
+
+Reading is in lookup, the rows of names in names. Knows no bytes.
+"""
 
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Engine,
-    Float,
-    ForeignKeyConstraint,
-    Integer,
-    MetaData,
-    Row,
-    String,
-    Table,
-    Text,
-    create_engine,
-    delete,
-    event,
-    func,
-    insert,
-    select,
-    update,
-)
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import BindParameter, Connection, Row, bindparam, delete, func, insert, select, update
 
-from adapter_store.errors import AdapterNotFound, StoreUnavailable
+from adapter_store import aliases, lookup, names, schema
+from adapter_store.blob_records import BlobRecords
+from adapter_store.database import Database
+from adapter_store.errors import InvalidName, PreconditionFailed, VersionInUse
+from adapter_store.idempotency import Idempotency
 from adapter_store.manifest import Reference
+from adapter_store.types import ALWAYS, LATEST, AdapterRecord, AdapterVersion, Condition, VersionFile
 
-_metadata = MetaData()
-_adapters = Table(
-    "adapters",
-    _metadata,
-    Column("tenant", String(128), primary_key=True),
-    Column("name", String(64), primary_key=True),
-    Column("latest", Integer, nullable=False),
-    Column("next_number", Integer, nullable=False),
-)
-_versions = Table(
-    "versions",
-    _metadata,
-    Column("tenant", String(128), primary_key=True),
-    Column("name", String(64), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("digest", String(71), nullable=False),
-    Column("created", Float, nullable=False),
-    Column("nbytes", Integer, nullable=False),
-    Column("blobs", Text, nullable=False),
-    Column("facts", Text, nullable=False),
-    ForeignKeyConstraint(["tenant", "name"], ["adapters.tenant", "adapters.name"], ondelete="CASCADE"),
-)
+_names, _versions, _tags, _files = schema.names, schema.versions, schema.tags, schema.files
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterVersion:
-    """One immutable version of a name. ``created`` is in seconds since the epoch; ``blobs`` maps roles to sha256."""
+class Once:
+    """A publish that is made once, however often it is asked for. ``reply`` gives status and body of the reply to store."""
 
-    tenant: str
-    name: str
-    number: int
-    digest: str
-    created: float
-    nbytes: int
-    blobs: dict[str, str]
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterRecord:
-    """A name with all of its versions, newest first. ``latest`` is the one that the bare name means."""
-
-    tenant: str
-    name: str
-    latest: AdapterVersion
-    versions: tuple[AdapterVersion, ...]
+    key: str
+    fingerprint: str
+    reply: Callable[[AdapterVersion], tuple[int, str]]
 
 
 class Catalog:
-    """Names and versions, one transaction per change. Thread-safe."""
+    """Adapters of all tenants. Thread-safe."""
 
-    def __init__(self, url: str) -> None:
-        self._engine = create_engine(url)
-        if self._engine.dialect.name == "sqlite":
-            _configure_sqlite(self._engine)
-        _metadata.create_all(self._engine)
-
-    def close(self) -> None:
-        self._engine.dispose()
+    def __init__(self, database: Database, blob_records: BlobRecords, idempotency: Idempotency) -> None:
+        self._database = database
+        self._blob_records = blob_records
+        self._idempotency = idempotency
 
     def publish(
-        self, tenant: str, name: str, digest: str, nbytes: int, blobs: dict[str, str], facts: dict[str, Any]
-    ) -> AdapterVersion:
-        """Make ``digest`` what the name means: a new version, or the existing one with the same digest."""
-        try:
-            with self._engine.begin() as connection:
-                return self._publish(connection, tenant, name, digest, nbytes, blobs, facts)
-        except OperationalError as error:
-            raise StoreUnavailable("the catalog cannot be written now; try again") from error
-
-    def resolve(self, tenant: str, reference: Reference) -> AdapterVersion:
-        """The version that a reference means for this tenant. Raises AdapterNotFound."""
-        query = select(_versions).where(_versions.c.tenant == tenant, _versions.c.name == reference.name)
-        if reference.number is not None:
-            query = query.where(_versions.c.number == reference.number)
-        elif reference.digest_prefix is not None:
-            query = query.where(_versions.c.digest.startswith(reference.digest_prefix, autoescape=True))
-        else:
-            query = query.join(_adapters).where(_versions.c.number == _adapters.c.latest)
-        with self._engine.connect() as connection:
-            rows = connection.execute(query).all()
-        if len({row.digest for row in rows}) != 1:
-            raise _not_found(reference.name)
-        return _version(rows[0])
-
-    def get(self, tenant: str, name: str) -> AdapterRecord:
-        """A name with all of its versions. Raises AdapterNotFound."""
-        records = self._records(tenant, _adapters.c.name == name, 1)
-        if not records:
-            raise _not_found(name)
-        return records[0]
-
-    def records(self, tenant: str, limit: int, after: str) -> tuple[AdapterRecord, ...]:
-        """Up to ``limit`` names in alphabetical order, those after ``after``."""
-        return self._records(tenant, _adapters.c.name > after, limit)
-
-    def remove(self, tenant: str, reference: Reference) -> list[AdapterVersion]:
-        """Remove a name, or one version of it; the newest one left becomes the latest. Returns what was removed."""
-        with self._engine.begin() as connection:
-            rows = connection.execute(
-                select(_versions).where(_versions.c.tenant == tenant, _versions.c.name == reference.name)
-            ).all()
-            gone = [row for row in rows if _matches(row, reference)]
-            if not gone:
-                raise _not_found(reference.name)
-            numbers = [row.number for row in gone]
-            here = (_versions.c.tenant == tenant) & (_versions.c.name == reference.name)
-            connection.execute(delete(_versions).where(here, _versions.c.number.in_(numbers)))
-            left = [row.number for row in rows if row.number not in numbers]
-            name = (_adapters.c.tenant == tenant) & (_adapters.c.name == reference.name)
-            if left:
-                connection.execute(update(_adapters).where(name).values(latest=max(left)))
-            else:
-                connection.execute(delete(_adapters).where(name))
-        return [_version(row) for row in gone]
-
-    def used_blobs(self) -> set[str]:
-        """Every blob that some version names."""
-        with self._engine.connect() as connection:
-            return {sha256 for (text,) in connection.execute(select(_versions.c.blobs)) for sha256 in json.loads(text).values()}
-
-    def digests(self) -> set[str]:
-        """The digests of all versions of all tenants."""
-        with self._engine.connect() as connection:
-            return set(connection.execute(select(_versions.c.digest).distinct()).scalars())
-
-    def has_digest(self, digest: str) -> bool:
-        """Whether any tenant has a version with this digest."""
-        with self._engine.connect() as connection:
-            return connection.execute(select(_versions.c.number).where(_versions.c.digest == digest).limit(1)).first() is not None
-
-    def count(self) -> int:
-        """Names over all tenants."""
-        with self._engine.connect() as connection:
-            return int(connection.execute(select(func.count()).select_from(_adapters)).scalar_one())
-
-    def _publish(
         self,
-        connection: Connection,
         tenant: str,
         name: str,
         digest: str,
-        nbytes: int,
-        blobs: dict[str, str],
+        files: tuple[VersionFile, ...],
         facts: dict[str, Any],
+        tag: str = LATEST,
+        condition: Condition = ALWAYS,
+        once: Once | None = None,
     ) -> AdapterVersion:
-        here = (_adapters.c.tenant == tenant) & (_adapters.c.name == name)
-        row = connection.execute(select(_adapters).where(here)).first()
-        if row is None:
-            connection.execute(insert(_adapters).values(tenant=tenant, name=name, latest=1, next_number=1))
-        number = 1 if row is None else int(row.next_number)
-        same = connection.execute(
-            select(_versions).where(_versions.c.tenant == tenant, _versions.c.name == name, _versions.c.digest == digest)
-        ).first()
-        if same is not None:
-            connection.execute(update(_adapters).where(here).values(latest=same.number))
-            return _version(same)
-        version = AdapterVersion(tenant, name, number, digest, time.time(), nbytes, blobs, facts)
-        connection.execute(
-            insert(_versions).values(
-                tenant=tenant,
-                name=name,
-                number=number,
-                digest=digest,
-                created=version.created,
-                nbytes=nbytes,
-                blobs=json.dumps(blobs),
-                facts=json.dumps(facts),
-            )
-        )
-        connection.execute(update(_adapters).where(here).values(latest=number, next_number=number + 1))
+        """Make a tag name ``digest``: a new version, or the one with the same digest. A name's first version is its latest too.
+
+        The files' blobs must be stored. Raises NameTaken, PreconditionFailed, IdempotencyKeyReused.
+        """
+        with self._database.write() as connection:
+            if once is not None and not self._idempotency.claim(connection, tenant, once.key, once.fingerprint):
+                done = lookup.find_digest(connection, tenant, name, digest)
+                if done is None:
+                    raise lookup.not_found(name)
+                return done
+            row = names.take(self._database, connection, tenant, name, schema.ADAPTER, condition)
+            version = lookup.find_digest(connection, tenant, name, digest)
+            if version is None:
+                version = self._add(connection, row, digest, files, facts)
+            if self._point(connection, row, tag, version.number):
+                names.change(connection, row)
+            if once is not None:
+                self._idempotency.store(connection, tenant, once.key, *once.reply(version))
+            return version
+
+    def resolve(self, tenant: str, reference: Reference, user: str | None = None) -> AdapterVersion:
+        """The version that a reference means: an adapter's, or for a bare name the one that an alias means for this user.
+        Raises AdapterNotFound."""
+        with self._database.read() as connection:
+            version = lookup.find_version(connection, tenant, reference)
+            if version is None and reference.is_bare:
+                version = aliases.find(connection, tenant, reference.name, user)
+        if version is None:
+            raise lookup.not_found(reference.name)
         return version
 
-    def _records(self, tenant: str, condition: Any, limit: int) -> tuple[AdapterRecord, ...]:
-        names = select(_adapters).where(_adapters.c.tenant == tenant, condition).order_by(_adapters.c.name).limit(limit)
-        with self._engine.connect() as connection:
-            adapters = connection.execute(names).all()
-            rows = connection.execute(
-                select(_versions)
-                .where(_versions.c.tenant == tenant, _versions.c.name.in_([row.name for row in adapters]))
-                .order_by(_versions.c.number.desc())
-            ).all()
-        grouped: dict[str, list[AdapterVersion]] = {}
-        for row in rows:
-            grouped.setdefault(row.name, []).append(_version(row))
-        return tuple(
-            AdapterRecord(
-                tenant, row.name, next(item for item in grouped[row.name] if item.number == row.latest), tuple(grouped[row.name])
-            )
-            for row in adapters
+    def get(self, tenant: str, name: str) -> AdapterRecord:
+        """An adapter with all of its versions and tags. Raises AdapterNotFound."""
+        with self._database.read() as connection:
+            return _record(connection, tenant, name)
+
+    def page(self, tenant: str, limit: int, after: str) -> tuple[AdapterRecord, ...]:
+        """Up to ``limit`` adapters in the order of their names' bytes, those after ``after``."""
+        with self._database.read() as connection:
+            return lookup.page(connection, tenant, limit, after)
+
+    def set_tag(self, tenant: str, name: str, tag: str, version: Reference, condition: Condition = ALWAYS) -> AdapterRecord:
+        """Make a tag name a version. ``absent`` of the condition is about the tag. Raises AdapterNotFound, PreconditionFailed."""
+        with self._database.write() as connection:
+            row = _locked(connection, tenant, name, Condition(condition.match))
+            found = lookup.find_row(connection, tenant, version)
+            if found is None:
+                raise lookup.not_found(name)
+            if condition.absent and lookup.find_row(connection, tenant, Reference(name, tag=tag)) is not None:
+                raise PreconditionFailed(f"there is a tag {name}@{tag} already; leave the condition out to move it")
+            if self._point(connection, row, tag, found.number):
+                names.change(connection, row)
+            return _record(connection, tenant, name)
+
+    def remove_tag(self, tenant: str, name: str, tag: str, condition: Condition = ALWAYS) -> AdapterRecord:
+        """Remove a tag; the version stays. Raises AdapterNotFound, PreconditionFailed, and VersionInUse when an alias names it."""
+        if tag == LATEST:
+            raise InvalidName(f"the tag {LATEST!r} is what the bare name means; move it, or delete the adapter")
+        with self._database.write() as connection:
+            row = _locked(connection, tenant, name, condition)
+            using = [alias for alias, reference in aliases.naming(connection, tenant, name) if reference.tag == tag]
+            if using:
+                raise VersionInUse(f"the tag {name}@{tag} is named by the alias {', '.join(using)}; change or remove it first")
+            here = (_tags.c.tenant == tenant) & (_tags.c.name == name) & (_tags.c.tag == tag)
+            if not connection.execute(delete(_tags).where(here)).rowcount:
+                raise lookup.not_found(name)
+            names.change(connection, row)
+            return _record(connection, tenant, name)
+
+    def remove(self, tenant: str, reference: Reference, condition: Condition = ALWAYS) -> list[AdapterVersion]:
+        """Remove an adapter, or one version of it; the newest one left becomes its latest if need be. Returns what was removed.
+
+        Raises AdapterNotFound, PreconditionFailed, and VersionInUse when an alias, or for a version another tag than
+        ``latest``, names what is to go.
+        """
+        name = reference.name
+        here = (_versions.c.tenant == tenant) & (_versions.c.name == name)
+        with self._database.write() as connection:
+            row = _locked(connection, tenant, name, condition)
+            # Locked in the order in which ``touch`` writes them, so that the two never wait for each other.
+            connection.execute(select(_versions.c.number).where(here).order_by(_versions.c.number).with_for_update())
+            record = _record(connection, tenant, name)
+            gone = list(record.versions)
+            if not reference.is_bare:
+                found = lookup.find_row(connection, tenant, reference)
+                gone = [version for version in record.versions if found is not None and version.number == found.number]
+                if not gone:
+                    raise lookup.not_found(name)
+                _check_tags(record, gone[0])
+            left = [version.number for version in record.versions if version not in gone]
+            _check_aliases(connection, record, gone, bool(left))
+            if left:
+                if record.latest in gone:
+                    self._point(connection, row, LATEST, max(left))
+                connection.execute(delete(_versions).where(here, _versions.c.number == gone[0].number))
+                names.change(connection, row)
+            else:
+                connection.execute(delete(_names).where(_names.c.tenant == tenant, _names.c.name == name))
+            _drop_pins(connection, tenant, {version.digest for version in gone})
+            return gone
+
+    def touch(self, used: Mapping[tuple[str, str, int], float]) -> None:
+        """Write down when versions (tenant, name, number) were last used; those that are gone, and older times, are passed over."""
+        if not used:
+            return
+        last: BindParameter[float] = bindparam("used")
+        statement = update(_versions).where(
+            _versions.c.tenant == bindparam("of_tenant"),
+            _versions.c.name == bindparam("of_name"),
+            _versions.c.number == bindparam("of_number"),
+            func.coalesce(_versions.c.last_used, 0.0) < last,
         )
+        rows = [
+            {"of_tenant": tenant, "of_name": name, "of_number": number, "used": when}
+            for (tenant, name, number), when in sorted(used.items())
+        ]
+        with self._database.write() as connection:
+            connection.execute(statement.values(last_used=last), rows)
+
+    def digests(self) -> set[str]:
+        """The digests of all versions of all tenants."""
+        with self._database.read() as connection:
+            return set(connection.execute(select(_versions.c.digest).distinct()).scalars())
+
+    def tenants_of(self, digest: str) -> set[str]:
+        """The tenants that have a version with this digest."""
+        with self._database.read() as connection:
+            return set(connection.execute(select(_versions.c.tenant).where(_versions.c.digest == digest).distinct()).scalars())
+
+    def _add(
+        self, connection: Connection, row: Row[Any], digest: str, files: tuple[VersionFile, ...], facts: dict[str, Any]
+    ) -> AdapterVersion:
+        self._blob_records.hold(connection, (file.sha256 for file in files))
+        nbytes, ordered = sum(file.nbytes for file in files), tuple(sorted(files, key=lambda file: file.role))
+        version = AdapterVersion(row.tenant, row.name, row.next_number, digest, self._database.now(), nbytes, ordered, facts)
+        here = {"tenant": row.tenant, "name": row.name, "number": version.number}
+        values = {"digest": digest, "created": version.created, "nbytes": nbytes, "facts": json.dumps(facts)}
+        connection.execute(insert(_versions).values(**here, **values))
+        connection.execute(
+            insert(_files),
+            [{**here, "role": file.role, "filename": file.name, "sha256": file.sha256} for file in ordered],
+        )
+        names.change(connection, row, next_number=version.number + 1)
+        if version.number == 1:
+            self._point(connection, row, LATEST, 1)
+        return version
+
+    def _point(self, connection: Connection, row: Row[Any], tag: str, number: int) -> bool:
+        """Make a tag of a locked name name a version; False when it does already."""
+        found = lookup.find_row(connection, row.tenant, Reference(row.name, tag=tag))
+        if found is not None and found.number == number:
+            return False
+        statement = self._database.insert(_tags).values(tenant=row.tenant, name=row.name, tag=tag, number=number)
+        connection.execute(statement.on_conflict_do_update(index_elements=["tenant", "name", "tag"], set_={"number": number}))
+        return True
 
 
-def _configure_sqlite(engine: Engine) -> None:
-    @event.listens_for(engine, "connect")
-    def _on_connect(connection: Any, _record: Any) -> None:
-        # SQLAlchemy begins transactions itself (below), so that a writer takes its lock before it reads.
-        connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=10000", "synchronous=FULL"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def _on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+def _locked(connection: Connection, tenant: str, name: str, condition: Condition) -> Row[Any]:
+    row = names.lock(connection, tenant, name, schema.ADAPTER)
+    if row is None:
+        raise lookup.not_found(name)
+    names.check(condition, row)
+    return row
 
 
-def _matches(row: Row[Any], reference: Reference) -> bool:
-    if reference.number is not None:
-        return bool(row.number == reference.number)
-    return reference.digest_prefix is None or bool(row.digest.startswith(reference.digest_prefix))
+def _record(connection: Connection, tenant: str, name: str) -> AdapterRecord:
+    record = lookup.find_record(connection, tenant, name)
+    if record is None:
+        raise lookup.not_found(name)
+    return record
 
 
-def _version(row: Row[Any]) -> AdapterVersion:
-    return AdapterVersion(
-        row.tenant, row.name, row.number, row.digest, row.created, row.nbytes, json.loads(row.blobs), json.loads(row.facts)
+def _check_tags(record: AdapterRecord, version: AdapterVersion) -> None:
+    using = [tag for tag in record.tags_of(version.number) if tag != LATEST]
+    if using:
+        raise VersionInUse(f"{record.name}@v{version.number} has the tag {', '.join(using)}; move or remove it first")
+
+
+def _check_aliases(connection: Connection, record: AdapterRecord, gone: list[AdapterVersion], some_left: bool) -> None:
+    """Aliases that name a tag are safe: ``latest`` moves on, and a version with another tag is not removed."""
+    using = sorted(
+        {
+            alias
+            for alias, reference in aliases.naming(connection, record.tenant, record.name)
+            if not some_left
+            or any(
+                version.number == reference.number
+                or (reference.digest_prefix is not None and version.digest.startswith(reference.digest_prefix))
+                for version in gone
+            )
+        }
     )
+    if using:
+        raise VersionInUse(f"the alias {', '.join(using)} means {record.name!r} or this version; change or remove it first")
 
 
-def _not_found(name: str) -> AdapterNotFound:
-    return AdapterNotFound(
-        f"there is no adapter {name!r}, or no such version of it; push it, or list yours with GET /v1/adapters"
-    )
+def _drop_pins(connection: Connection, tenant: str, digests: set[str]) -> None:
+    """A tenant pins what it has; with its last version of a digest the pin goes."""
+    still = select(_versions.c.digest).where(_versions.c.tenant == tenant, _versions.c.digest.in_(digests))
+    pins = schema.pins
+    connection.execute(delete(pins).where(pins.c.tenant == tenant, pins.c.digest.in_(digests), pins.c.digest.not_in(still)))

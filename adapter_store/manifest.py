@@ -16,15 +16,25 @@ _NAME = re.compile(NAME_GRAMMAR)
 _DIGEST = re.compile("sha256:[0-9a-f]{64}")
 _DIGEST_PREFIX = re.compile("sha256:[0-9a-f]{12,64}")
 _VERSION = re.compile("v[1-9][0-9]{0,8}")
+TAG_GRAMMAR = "[a-z][a-z0-9._-]{0,63}"
+_TAG = re.compile(TAG_GRAMMAR)
+_LIKE_VERSION = re.compile("v[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a caller asks for: ``name``, ``name@v3`` or ``name@sha256:<12 to 64 hex digits>``."""
+    """What a caller asks for: ``name``, ``name@v3``, ``name@sha256:<12 to 64 hex digits>`` or ``name@tag``. At most one of the
+    three is set; with none, ``name`` is an alias, or an adapter and its tag ``latest`` is meant."""
 
     name: str
     number: int | None = None
     digest_prefix: str | None = None
+    tag: str | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is a name and nothing else."""
+        return self.number is None and self.digest_prefix is None and self.tag is None
 
 
 def check_name(name: str) -> str:
@@ -34,6 +44,13 @@ def check_name(name: str) -> str:
     if name in RESERVED_NAMES:
         raise InvalidName(f"the name {name!r} is reserved for the base model; choose another")
     return name
+
+
+def check_tag(tag: str) -> str:
+    """The tag itself, or InvalidName."""
+    if not _TAG.fullmatch(tag) or _LIKE_VERSION.fullmatch(tag):
+        raise InvalidName(f"tag {tag[:80]!r} does not match {TAG_GRAMMAR}, or looks like a version number")
+    return tag
 
 
 def parse_reference(text: str) -> Reference:
@@ -46,7 +63,11 @@ def parse_reference(text: str) -> Reference:
         return Reference(name, number=int(version[1:]))
     if _DIGEST_PREFIX.fullmatch(version):
         return Reference(name, digest_prefix=version)
-    raise InvalidName(f"version {version[:80]!r} is neither v<number> nor sha256:<at least 12 hex digits>")
+    if _TAG.fullmatch(version) and not _LIKE_VERSION.fullmatch(version):
+        return Reference(name, tag=version)
+    raise InvalidName(
+        f"version {version[:80]!r} is neither v<number>, nor sha256:<at least 12 hex digits>, nor a tag ({TAG_GRAMMAR})"
+    )
 
 
 def is_digest(text: str) -> bool:

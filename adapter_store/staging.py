@@ -39,9 +39,10 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """A file of the adapter in its temporary place."""
+    """A file of the adapter in its temporary place, and the name that it was uploaded under."""
 
     role: str
+    name: str
     path: Path
     sha256: str
     nbytes: int
@@ -172,7 +173,7 @@ class Staging:
         if self._faults:
             raise AdapterRejected(self._faults)
         files = tuple(
-            StagedFile(role, self._directory / role, writer.sha256, writer.nbytes)
+            StagedFile(role, writer.label, self._directory / role, writer.sha256, writer.nbytes)
             for role, writer in sorted(self._writers.items())
         )
         digest = manifest_digest({file.role: file.sha256 for file in files})

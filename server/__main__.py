@@ -9,8 +9,10 @@ from types import FrameType
 
 import uvicorn
 
+from adapter_store.errors import StoreError
 from server.app import Services, build_services, create_app
 from server.config import ConfigError, load_settings
+from server.data_dir import claim
 from server.engine.base_dir import UnsupportedBase
 from server.log import configure
 
@@ -38,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     configure(settings.log_level)
     try:
+        lock = claim(settings.data_dir)
         services = build_services(settings)
-    except UnsupportedBase as error:
+    except (ConfigError, UnsupportedBase, StoreError) as error:
         sys.stderr.write(f"medley: {error}\n")
         return 2
     config = uvicorn.Config(
@@ -58,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit(0))
     server.run()
+    lock.close()
     return 0 if server.started else 1
 
 

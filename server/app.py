@@ -80,7 +80,7 @@ def build_services(settings: Settings) -> Services:
     events: asyncio.Queue[ProgramEvent] = asyncio.Queue()
     engine = EngineClient(_engine_settings(settings, base, dtype), on_event=events.put_nowait)
     metrics = Metrics(engine)
-    store = Store.open(settings.data_dir / "store", settings.max_upload_bytes)
+    store = Store.open(settings.data_dir / "store", max_upload_bytes=settings.max_upload_bytes)
     lowerer = LowererClient(
         base.path,
         base.digest,

@@ -29,6 +29,8 @@ class Settings:
     data_dir: Path
     keys_file: Path | None
     redis_url: str | None
+    catalog_url: str | None
+    blobs_url: str | None
     max_model_len: int | None
     kv_cache_bytes: int
     max_batch_tokens: int
@@ -37,6 +39,7 @@ class Settings:
     bank_bytes: int
     host_bytes: int
     disk_bytes: int
+    blob_cache_bytes: int
     max_upload_bytes: int
     threads: int
     prefix_caching: bool
@@ -82,6 +85,18 @@ TABLE = (
     Setting("keys_file", "", "path", "API keys, made by `python -m server.api.auth new TENANT`. Unset: no keys, loopback only."),
     Setting("redis_url", "", "text", "Redis for the residency registry of several replicas. Unset: in this process."),
     Setting(
+        "catalog_url",
+        "",
+        "text",
+        "Database of names and versions, as SQLAlchemy writes it (postgresql+psycopg://USER@HOST/DB). Unset: SQLite in data_dir.",
+    ),
+    Setting(
+        "blobs_url",
+        "",
+        "text",
+        "Where uploaded files are kept: s3://BUCKET/PREFIX, with endpoint and credentials in AWS_* variables. Unset: in data_dir.",
+    ),
+    Setting(
         "max_model_len", "", "count", "Longest prompt plus output, in tokens. Unset: what the model and the K/V cache allow."
     ),
     Setting("kv_cache_bytes", "1GiB", "bytes", "Memory for K/V blocks."),
@@ -93,6 +108,7 @@ TABLE = (
     Setting(
         "disk_bytes", "64GiB", "bytes", "Disk space for lowered adapters; what goes is made again from the upload when asked for."
     ),
+    Setting("blob_cache_bytes", "16GiB", "bytes", "Disk space for copies of uploaded files, where blobs_url is set."),
     Setting("max_upload_bytes", "1GiB", "bytes", "Largest upload, before and after unpacking."),
     Setting("threads", "0", "count", "Threads of the engine; 0 leaves the choice to PyTorch."),
     Setting("prefix_caching", "true", "flag", "Whether requests of one tenant and adapter share K/V of equal prompt beginnings."),

@@ -47,18 +47,29 @@ TABLE = (
     ErrorCode("invalid_token_id", 400, _INVALID, "A token id is outside the vocabulary."),
     ErrorCode("task_not_served", 400, _INVALID, "The base model cannot do this: an encoder generates nothing; see docs/API.md."),
     ErrorCode("invalid_adapter_name", 400, _INVALID, "Names match [a-z0-9][a-z0-9._-]{0,63}; `base` is reserved."),
+    ErrorCode("invalid_alias", 400, _INVALID, "An alias means 1 to 16 adapters, each once, with weights above 0, and no alias."),
     ErrorCode("missing_api_key", 401, "authentication_error", "Send `Authorization: Bearer KEY`."),
     ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
     ErrorCode("not_found", 404, _INVALID, "There is no such route; see docs/API.md."),
     ErrorCode("adapter_not_found", 404, _INVALID, "No such adapter for this tenant. The same for `not yours` and `not there`."),
+    ErrorCode("blob_not_found", 404, _INVALID, "You have no such blob or file. The same for `not yours` and `not there`."),
+    ErrorCode("upload_not_found", 404, _INVALID, "There is no such upload of yours, or it is over a day old; begin another."),
     ErrorCode("method_not_allowed", 405, _INVALID, "The route exists but not with this HTTP method."),
     ErrorCode("duplicate_request", 409, _INVALID, "A request with this id is already running."),
+    ErrorCode("name_taken", 409, _INVALID, "The name is an alias's where an adapter is meant, or an adapter's where an alias is."),
+    ErrorCode("version_in_use", 409, _INVALID, "Tags or aliases name what is to be deleted; the message says which. Move them first."),
+    ErrorCode("upload_offset_mismatch", 409, _INVALID, "The bytes do not go there; ask with HEAD how far the upload is, and go on from there."),
+    ErrorCode("idempotency_key_in_use", 409, _INVALID, "A request with this Idempotency-Key is running.", retry=True),
+    ErrorCode("pin_limit", 409, _INVALID, "Pinned adapters may take half of the device's bank; unpin others first."),
+    ErrorCode("precondition_failed", 412, _INVALID, "If-Match or If-None-Match does not hold: the name has changed; read it again."),
     ErrorCode("body_too_large", 413, _INVALID, "The JSON body is over 2 MiB."),
     ErrorCode("upload_too_large", 413, _INVALID, "The upload is over max_upload_bytes."),
     ErrorCode("unsupported_encoding", 415, _INVALID, "Compressed request bodies are refused; send them plain."),
     ErrorCode(
         "adapter_rejected", 422, _INVALID, "The upload is not a servable adapter; `faults` lists everything that is wrong."
     ),
+    ErrorCode("digest_mismatch", 422, _INVALID, "What arrived has another digest than was said; nothing was kept."),
+    ErrorCode("idempotency_key_reused", 422, _INVALID, "The Idempotency-Key was used for another request within the last day."),
     ErrorCode(
         "not_composable", 422, _INVALID, "These adapters cannot be combined exactly, or not so; `faults` says which and where."
     ),
@@ -72,6 +83,7 @@ TABLE = (
         "The queue is full, or you have too much in it; wait as long as Retry-After says.",
         retry=True,
     ),
+    ErrorCode("too_many_uploads", 429, "rate_limit_error", "You have 32 unfinished uploads; finish or cancel some."),
     ErrorCode("internal_error", 500, _SERVER, "The server failed on this request; its log has the request id."),
     ErrorCode(
         "non_finite_output", 500, _SERVER, "The computation overflowed for this adapter and prompt; nobody else was affected."

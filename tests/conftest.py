@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from server.engine.base_dir import prepare_base
+from tests.seaweed import Seaweed, running_seaweed
 from tests.tiny import make_tiny
 
 TinyModels = Callable[[str], Path]
@@ -50,3 +51,10 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 def smollm2() -> Path:
     """The real default base, converted once into the data directory that the demo uses too."""
     return prepare_base(None, Path(__file__).parents[1] / ".medley").path
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A real S3-compatible store."""
+    with running_seaweed(tmp_path_factory.mktemp("seaweed")) as store:
+        yield store

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.auth import Keys
+from server.api.blobs import UPLOADS
 from server.errors import ApiError
 from server.log import access
 from server.metrics import Metrics
@@ -99,7 +100,8 @@ def error_response(path: str, error: ApiError) -> JSONResponse:
 
 
 def _is_upload(path: str) -> bool:
-    return path == "/v1/adapters"
+    """Whether the route reads the body itself, as it comes."""
+    return path == "/v1/adapters" or path.startswith(UPLOADS)
 
 
 async def _read(receive: Receive) -> Receive:

@@ -160,7 +160,7 @@ class Generation:
                 "not_composable", f"adapter_drop is {wanted.drop}, and the base has {layers} layers", param="adapter_drop"
             )
         try:
-            program, digests = await self._program(tenant, held, named, wanted.drop)
+            program, digests = await self._program(tenant, held, named, wanted)
         except StoreError as error:
             raise from_store_error(error) from error
         except LoweringError as error:
@@ -171,10 +171,10 @@ class Generation:
         return Resolved(ref, digests, len(program.facts.get("labels", ())), program.facts.get("pooling") == "none")
 
     async def _program(
-        self, tenant: str, held: ExitStack, named: Sequence[tuple[str, float]], drop: int
+        self, tenant: str, held: ExitStack, named: Sequence[tuple[str, float]], wanted: Selection
     ) -> tuple[LoweredProgram, tuple[str, ...]]:
         # All names first: what is not there is told before any work.
-        versions = [await asyncio.to_thread(self._store.resolve, tenant, name) for name, _ in named]
+        versions = [await asyncio.to_thread(self._store.resolve, tenant, name, wanted.user) for name, _ in named]
         digests = tuple(version.digest for version in versions)
         if len(set(digests)) < len(digests):
             raise ApiError("not_composable", "the same adapter is named twice; add its weights up", param="adapters")
@@ -182,9 +182,10 @@ class Generation:
             held.enter_context(self._lowerer.using(((version.digest, 1.0),)))
             program = await self._lowerer.ensure(tenant, version.digest, partial(self._store.checkout, version))
         parts = [(digest, weight) for digest, (_, weight) in zip(digests, named, strict=True)]
-        if len(parts) > 1 or parts[0][1] != 1.0 or drop:
-            held.enter_context(self._lowerer.using(parts, drop))
-            program = await self._lowerer.compose(tenant, parts, drop)
+        if len(parts) > 1 or parts[0][1] != 1.0 or wanted.drop:
+            held.enter_context(self._lowerer.using(parts, wanted.drop))
+            program = await self._lowerer.compose(tenant, parts, wanted.drop)
+        self._last_used.note(versions)
         return program, digests
 
     async def encode(self, inputs: Sequence[str | tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -54,8 +54,8 @@ class WeightedAdapter(Strict):
 WeightedAdapters = Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS)]
 
 
-def selection_of(name: str | None, adapters: list[WeightedAdapter] | None, drop: int) -> Selection:
-    return Selection(name, tuple((item.adapter, item.weight) for item in adapters or ()), drop)
+def selection_of(name: str | None, adapters: list[WeightedAdapter] | None, drop: int, user: str | None) -> Selection:
+    return Selection(name, tuple((item.adapter, item.weight) for item in adapters or ()), drop, user)
 
 
 class GenerateParameters(Strict):
@@ -64,6 +64,7 @@ class GenerateParameters(Strict):
     adapter_id: AdapterReference | None = None
     adapters: WeightedAdapters | None = None
     adapter_drop: AdapterDrop = 0
+    user: str | None = None
     adapter_source: Literal["medley", "local", "hub", "s3", "pbase"] | None = None
     adapter_parameters: None = None
     merged_adapters: Any = None
@@ -96,7 +97,7 @@ class GenerateParameters(Strict):
 
     @property
     def selection(self) -> Selection:
-        return selection_of(self.adapter_id, self.adapters, self.adapter_drop)
+        return selection_of(self.adapter_id, self.adapters, self.adapter_drop, self.user)
 
     @model_validator(mode="after")
     def _check_adapters(self) -> GenerateParameters:
@@ -165,8 +166,9 @@ class _OpenAIRequest(Strict):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 20)] = 0
-    # Annotations only.
+    # By which an alias always means the same to one user.
     user: str | None = None
+    # Annotations only.
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -175,7 +177,7 @@ class _OpenAIRequest(Strict):
 
     @property
     def selection(self) -> Selection:
-        return selection_of(self.model, self.adapters, self.adapter_drop)
+        return selection_of(self.model, self.adapters, self.adapter_drop, self.user)
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ class TaskRequest(Strict):
 
     @property
     def selection(self) -> Selection:
-        return selection_of(self.model, self.adapters, self.adapter_drop)
+        return selection_of(self.model, self.adapters, self.adapter_drop, self.user)
 
 
 class ClassifyRequest(TaskRequest):

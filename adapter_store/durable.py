@@ -1,0 +1,100 @@
+"""Files that are there whole or not at all, whatever happens to the process or the machine. Knows no blobs and no tenants.
+
+While it is written a file is hidden: its name begins with a dot. A crash may leave such a file; ``clear_hidden`` removes it later.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adapter_store.errors import BlobCorrupt, StorageFull
+
+CHUNK = 1 << 20
+"""Bytes that are read at a time."""
+
+
+def write_durably(chunks: Iterable[bytes], sha256: str, target: Path) -> None:
+    """Make ``target`` out of chunks whose digest must be ``sha256``. On return it survives a power failure.
+
+    Raises BlobCorrupt if the digest is another, StorageFull; then there is no new file.
+    """
+    hidden = target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}"
+    digest = hashlib.sha256()
+    try:
+        with full_disk_is_storage_full():
+            _make_directory(target.parent)
+            with hidden.open("xb") as writer:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    writer.write(chunk)
+                writer.flush()
+                os.fsync(writer.fileno())
+            if digest.hexdigest() != sha256:
+                raise BlobCorrupt(f"the bytes that came for blob {sha256[:12]} have another digest")
+            os.replace(hidden, target)
+            _sync_directory(target.parent)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def read_chunks(source: Path) -> Iterator[bytes]:
+    """A file's bytes, piece by piece."""
+    with source.open("rb") as reader:
+        while chunk := reader.read(CHUNK):
+            yield chunk
+
+
+def digest_of(source: Path) -> str:
+    """The sha256 of a file, 64 hex digits."""
+    with source.open("rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()
+
+
+def clear_hidden(root: Path, age_s: float) -> int:
+    """Remove what crashes left under ``root``: hidden files that nobody has written to for ``age_s``. Returns how many."""
+    return sum(path.is_file() and remove_stale(path, age_s) for path in root.rglob(".*"))
+
+
+def remove_stale(path: Path, age_s: float) -> bool:
+    """Remove a file if nobody has written to it for ``age_s``; one that somebody else has removed is no error."""
+    try:
+        if time.time() - path.stat().st_mtime < age_s:
+            return False
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def full_disk_is_storage_full() -> Iterator[None]:
+    """Turn "no space left", and the quotas that amount to it, into StorageFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StorageFull("no space is left to store the upload") from error
+        raise
+
+
+def _make_directory(directory: Path) -> None:
+    """Make a directory whose parent is there, so that its own entry survives too."""
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        return
+    _sync_directory(directory.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,121 @@
+"""Blobs in an S3-compatible store, with verified copies on the local disk in front of it.
+
+``s3://bucket/prefix`` names the place; endpoint, region and credentials are those of the environment (``AWS_ENDPOINT_URL``, ``AWS_REGION``,
+``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, …). A store that does not answer raises StoreUnavailable after a few tries, and is then left
+alone for a moment (breaker); blobs with a local copy go on being served. Objects lie at ``sha256/ab/ab12…``, as in a local directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
+
+from adapter_store.blob_cache import BlobCache
+from adapter_store.blobs import blob_key, missing
+from adapter_store.breaker import Breaker
+from adapter_store.durable import CHUNK, digest_of
+from adapter_store.errors import BlobCorrupt, StoreUnavailable
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_RETRIES: RetryConfig = {
+    "max_retries": 2,
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1)},
+    "retry_timeout": timedelta(seconds=5),
+}
+_PART_BYTES = 8 << 20
+_PARTS_AT_ONCE = 4
+
+
+class ObjectBlobs:
+    """Blobs in an object store. Uploads are complete or absent; the store checks the digest that each request is signed with."""
+
+    def __init__(self, reads: ObjectStore, writes: ObjectStore, cache: BlobCache) -> None:
+        """``reads`` and ``writes`` are clients of the same place, which may differ in how long they wait."""
+        self._reads = reads
+        self._writes = writes
+        self._cache = cache
+        self._breaker = Breaker("the blob store")
+
+    @classmethod
+    def from_url(cls, url: str, cache: BlobCache) -> Self:
+        """Blobs at ``s3://bucket/prefix``. Asks nobody yet: a store that is down now may be up later."""
+        # An upload is silent for as long as its parts are under way, a download never.
+        return cls(_client(url, silence_s=5), _client(url, silence_s=60), cache)
+
+    def put(self, source: Path, sha256: str, *, fresh: bool = True) -> None:
+        key = _key(sha256)
+        if digest_of(source) != sha256:
+            raise BlobCorrupt(f"the bytes that came for blob {sha256[:12]} have another digest")
+        with self._reach():
+            if fresh or not self._holds(key, source.stat().st_size):
+                obstore.put(self._writes, key, source, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+
+    def link(self, sha256: str, target: Path) -> None:
+        self._cache.link(sha256, target, self._fetch)
+
+    def delete(self, sha256: str) -> None:
+        with self._reach():
+            obstore.delete(self._writes, _key(sha256))
+        self._cache.forget(sha256)
+
+    def digests(self) -> Iterator[str]:
+        with self._reach():
+            pages = [[item["path"] for item in page] for page in obstore.list(self._reads, "sha256")]
+        for page in pages:
+            for path in page:
+                yield path.rpartition("/")[2]
+
+    def clear(self, age_s: float) -> int:
+        return self._cache.clear(age_s)
+
+    def _holds(self, key: str, nbytes: int) -> bool:
+        try:
+            return obstore.head(self._reads, key)["size"] == nbytes
+        except FileNotFoundError:
+            return False
+
+    def _fetch(self, sha256: str) -> Iterator[bytes]:
+        with self._reach():
+            try:
+                yield from obstore.get(self._reads, _key(sha256)).stream(min_chunk_size=CHUNK)
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise StoreUnavailable("the bucket of the blob store does not exist") from error
+                raise missing(sha256) from error
+
+    @contextmanager
+    def _reach(self) -> Iterator[None]:
+        """Everything but an answer about an object is a store that cannot be reached, wrong credentials included: no push mends those."""
+        with self._breaker.attempt():
+            try:
+                yield
+            except (BaseError, FileNotFoundError) as error:
+                raise StoreUnavailable("the blob store cannot be reached, or refuses our requests") from error
+
+
+def _key(sha256: str) -> str:
+    return f"sha256/{blob_key(sha256)}"
+
+
+def _client(url: str, silence_s: float) -> S3Store:
+    """A client that gives up on a connection after ``silence_s`` without a byte; plain HTTP only where the endpoint says so."""
+    endpoint = next((os.environ[name] for name in _ENDPOINTS if name in os.environ), "")
+    options: ClientConfig = {
+        "allow_http": endpoint.startswith("http://"),
+        "connect_timeout": timedelta(seconds=1),
+        "read_timeout": timedelta(seconds=silence_s),
+        # Of a whole request; the largest blob on a slow line must fit.
+        "timeout": timedelta(hours=1),
+    }
+    return S3Store.from_url(url, client_options=options, retry_config=_RETRIES)
