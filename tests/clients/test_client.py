@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from medley_client import ApiError, AsyncMedley, CannotConnect, Medley, MedleyError, cli
-from medley_client.cli import main
+from medley_client import ApiError, AsyncMedley, CannotConnect, Medley, MedleyError
+from medley_client.cli import console, main
 from medley_client.convert import convert
-from medley_client.upload import find_files
+from medley_client.files import find_files
 from tests.conftest import TinyModels
 from tests.live import Live, live_server
 from tests.parity.variants import VARIANTS, make_adapter
@@ -53,11 +53,11 @@ def command(live: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_push_with_progress_list_show_generate_delete(live: Live, adapter: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     with live.client() as client:
-        pushed = client.adapters.push(adapter, "bot", progress=lambda sent, total: seen.append((sent, total)))
+        pushed = client.adapters.push(adapter, "bot", progress=lambda *state: seen.append(state))
         assert (pushed.version, pushed.facts["method"]) == ("v1", "LORA")
-        assert seen[-1][0] == seen[-1][1] > adapter.joinpath("adapter_model.safetensors").stat().st_size
+        assert [what for what, done, total in seen if done == total > 0] == ["hashing", "sending", "sending"]
         assert [item.name for item in client.adapters.list()] == ["bot"]
         assert client.adapters.show("bot").versions[0].digest == pushed.digest
         assert client.models()[-1] == "bot"
@@ -295,6 +295,6 @@ def test_convert_runs_no_code(tmp_path: Path) -> None:
 
 
 def test_what_others_wrote_does_not_steer_the_terminal() -> None:
-    assert cli._printable("a\x1b[31m\x9b2J\tb\r\nüß") == "a\ufffd[31m\ufffd2J\tb\ufffd\nüß"
-    assert cli._some(["a", "b"]) == "a, b"
-    assert cli._some(["x"] * 20).endswith("(20 in all)")
+    assert console.printable("a\x1b[31m\x9b2J\tb\r\nüß") == "a\ufffd[31m\ufffd2J\tb\ufffd\nüß"
+    assert console.some(["a", "b"]) == "a, b"
+    assert console.some(["x"] * 20).endswith("(20 in all)")
