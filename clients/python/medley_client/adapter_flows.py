@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from medley_client.errors import MedleyError
 from medley_client.flow import Call, Flow, request, send
-from medley_client.types import Adapter, PushedAdapter, StoredFile
+from medley_client.types import Adapter, PushedAdapter, Quarantine, StoredFile
 
 ADAPTERS = "/v1/adapters"
 LATEST = "latest"
@@ -74,16 +74,16 @@ def rollback(name: str, to: str | None) -> Flow[str]:
     return moved[LATEST]
 
 
-def load(reference: str) -> Flow[None]:
-    yield from send(Call("POST", address(ADAPTERS, reference, "load")))
+def load(reference: str) -> Flow[Adapter]:
+    return read_adapter((yield from request(Call("POST", address(ADAPTERS, reference, "load")))))
 
 
-def pin(reference: str) -> Flow[None]:
-    yield from send(Call("POST", address(ADAPTERS, reference, "pin")))
+def pin(reference: str) -> Flow[Adapter]:
+    return read_adapter((yield from request(Call("POST", address(ADAPTERS, reference, "pin")))))
 
 
-def unpin(reference: str) -> Flow[None]:
-    yield from send(Call("DELETE", address(ADAPTERS, reference, "pin")))
+def unpin(reference: str) -> Flow[Adapter]:
+    return read_adapter((yield from request(Call("DELETE", address(ADAPTERS, reference, "pin")))))
 
 
 def read_adapter(body: Mapping[str, Any]) -> Adapter:
@@ -109,6 +109,7 @@ def _before(adapter: Adapter) -> str:
 
 def _fields(body: Mapping[str, Any]) -> dict[str, Any]:
     named = body.get("tags", {})
+    closed = body.get("quarantine")
     return {
         "name": body["name"],
         "version": body["version"],
@@ -123,4 +124,7 @@ def _fields(body: Mapping[str, Any]) -> dict[str, Any]:
         "last_used": body.get("last_used"),
         "versions": tuple(read_adapter(item) for item in body.get("versions", ())),
         "residency": dict(body.get("residency", {})),
+        "load_seconds": dict(body.get("load_seconds", {})),
+        "pinned": body.get("pinned", False),
+        "quarantine": closed and Quarantine(closed["code"], closed["failures"], closed["at"]),
     }

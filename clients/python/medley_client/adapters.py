@@ -83,17 +83,17 @@ class Adapters:
         """Make the bare name mean version ``to``, or the version before the one that it means now. Returns the version."""
         return self._run(adapter_flows.rollback(name, to))
 
-    def load(self, reference: str) -> None:
-        """Bring it to memory before the first request; lifts a quarantine."""
-        self._run(adapter_flows.load(reference))
+    def load(self, reference: str) -> Adapter:
+        """Begin to bring it to memory, before the first request, without waiting until it is there. Ends a quarantine."""
+        return self._run(adapter_flows.load(reference))
 
-    def pin(self, reference: str) -> None:
-        """Keep a version on the device, whatever else is asked for."""
-        self._run(adapter_flows.pin(reference))
+    def pin(self, reference: str) -> Adapter:
+        """Keep the version that this means now on the device, whatever else is asked for."""
+        return self._run(adapter_flows.pin(reference))
 
-    def unpin(self, reference: str) -> None:
+    def unpin(self, reference: str) -> Adapter:
         """Let it go like any other."""
-        self._run(adapter_flows.unpin(reference))
+        return self._run(adapter_flows.unpin(reference))
 
 
 class AsyncAdapters:
@@ -147,11 +147,11 @@ class AsyncAdapters:
     async def rollback(self, name: str, to: str | None = None) -> str:
         return await self._run(adapter_flows.rollback(name, to))
 
-    async def load(self, reference: str) -> None:
-        await self._run(adapter_flows.load(reference))
+    async def load(self, reference: str) -> Adapter:
+        return await self._run(adapter_flows.load(reference))
 
-    async def pin(self, reference: str) -> None:
-        await self._run(adapter_flows.pin(reference))
+    async def pin(self, reference: str) -> Adapter:
+        return await self._run(adapter_flows.pin(reference))
 
-    async def unpin(self, reference: str) -> None:
-        await self._run(adapter_flows.unpin(reference))
+    async def unpin(self, reference: str) -> Adapter:
+        return await self._run(adapter_flows.unpin(reference))

@@ -66,13 +66,22 @@ class StoredFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Why an adapter is refused at once: it failed so often in a row, the last time with this error, in seconds since the epoch."""
+
+    code: str
+    failures: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter on the server, as the version that its bare name means, or one of its ``versions``.
 
     ``facts``: method, rank, sites and sizes. ``tags``: tag → version; of one of the ``versions``, those that name it. Times are seconds
     since the epoch; ``last_used`` is None before the first use. ``etag`` changes with every change of the name; push, tag and delete take
-    it as ``if_match``. ``residency`` (replica → state), ``pinned``, ``quarantined`` and ``more``, what else the server tells of it, are
-    there where one adapter is shown.
+    it as ``if_match``. ``residency`` (replica → state), ``load_seconds`` (state → how long it took to reach it), ``pinned`` and
+    ``quarantine`` are there where one adapter is shown, loaded or pinned.
     """
 
     name: str
@@ -87,7 +96,9 @@ class Adapter:
     last_used: float | None = None
     versions: tuple[Adapter, ...] = ()
     residency: dict[str, str] = field(default_factory=dict)
-    more: dict[str, Any] = field(default_factory=dict)
+    load_seconds: dict[str, float] = field(default_factory=dict)
+    pinned: bool = False
+    quarantine: Quarantine | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from medley_client.cli.commands import Commands
 from medley_client.cli.console import ago, client, err, out, print_json, printable, progress, size, some
-from medley_client.types import Adapter
+from medley_client.types import Adapter, Quarantine
 
 _PUSH = """\
 Files that the server has already are not sent again, and a push that was cut
@@ -52,7 +52,7 @@ def register(commands: Commands) -> None:
     show.add_argument("name", metavar="NAME")
     remove = commands.add("rm", _remove, "Delete an adapter, or one version of it (NAME@v2).")
     remove.add_argument("reference", metavar="NAME")
-    loading = commands.add("load", _load, "Bring an adapter to memory before its first request; ends a quarantine.")
+    loading = commands.add("load", _load, "Begin to bring an adapter to memory before its first request; ends a quarantine.")
     pinning = commands.add("pin", _pin, "Keep an adapter on the device, whatever else is asked for.")
     unpinning = commands.add("unpin", _unpin, "Let a pinned adapter go like any other.")
     for command in (loading, pinning, unpinning):
@@ -139,33 +139,30 @@ def _remove(arguments: Namespace) -> int:
 
 def _load(arguments: Namespace) -> int:
     with client(arguments) as medley:
-        medley.adapters.load(arguments.reference)
-    return _done(arguments, "loaded")
+        return _state(arguments, medley.adapters.load(arguments.reference))
 
 
 def _pin(arguments: Namespace) -> int:
     with client(arguments) as medley:
-        medley.adapters.pin(arguments.reference)
-    return _done(arguments, "pinned")
+        return _state(arguments, medley.adapters.pin(arguments.reference))
 
 
 def _unpin(arguments: Namespace) -> int:
     with client(arguments) as medley:
-        medley.adapters.unpin(arguments.reference)
-    return _done(arguments, "unpinned")
+        return _state(arguments, medley.adapters.unpin(arguments.reference))
 
 
-def _done(arguments: Namespace, what: str) -> int:
+def _state(arguments: Namespace, adapter: Adapter) -> int:
     if arguments.json:
-        return print_json({what: arguments.reference})
-    out.print(f"{arguments.reference} is {what}", markup=False)
+        return print_json(asdict(adapter))
+    out.print(f"{adapter.name}@{adapter.version}  {'pinned, ' if adapter.pinned else ''}{_residency(adapter)}", markup=False)
     return 0
 
 
 def _rows(adapter: Adapter) -> list[tuple[str, str]]:
     facts = adapter.facts
     versions = ", ".join(_version(version) for version in adapter.versions)
-    resident = ", ".join(f"{replica}: {state}" for replica, state in adapter.residency.items()) or "stored only"
+    loading = ", ".join(f"to {state} {seconds * 1000:.0f} ms" for state, seconds in adapter.load_seconds.items())
     return [
         ("name", f"{adapter.name}@{adapter.version}"),
         ("digest", adapter.digest),
@@ -179,8 +176,20 @@ def _rows(adapter: Adapter) -> list[tuple[str, str]]:
         ("created", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(adapter.created))),
         ("last used", ago(adapter.last_used)),
         ("versions", versions),
-        ("residency", resident),
+        ("residency", _residency(adapter)),
+        *([("loading", loading)] if loading else []),
+        ("pinned", "yes" if adapter.pinned else "no"),
+        *([("quarantine", _quarantine(adapter.quarantine, adapter.name))] if adapter.quarantine else []),
     ]
+
+
+def _residency(adapter: Adapter) -> str:
+    return ", ".join(f"{replica}: {state}" for replica, state in adapter.residency.items()) or "stored only"
+
+
+def _quarantine(closed: Quarantine, name: str) -> str:
+    why = f"since it failed {closed.failures} times in a row, {ago(closed.at)} with {closed.code}"
+    return f"{why}; push a better one, or try it again: medley load {name}"
 
 
 def _version(version: Adapter) -> str:
