@@ -71,9 +71,9 @@ class BlobCache:
         with self._lock:
             self._drop(sha256)
 
-    def clear(self, age_s: float) -> int:
-        """Remove downloads that a crash broke off more than ``age_s`` seconds ago. Returns how many."""
-        return clear_hidden(self._root, age_s)
+    def clear(self, before: float) -> int:
+        """Remove downloads that a crash broke off before a time, in seconds since the epoch. Returns how many."""
+        return clear_hidden(self._root, before)
 
     def _linked(self, sha256: str, target: Path) -> bool:
         """Link a copy that is known to be good."""

@@ -76,7 +76,7 @@ class BlobRecords:
                 remove_bytes(sha256)
             return gone
 
-    def take_over(self, stored: Callable[[], Iterable[str]], size_of: Callable[[str], int]) -> None:
+    def take_over(self, stored: Callable[[], Iterable[str]], size_of: Callable[[str], int | None]) -> None:
         """Complete the rows of a store that was made before there were any: the sizes of the blobs that its versions name, and
         rows for blobs that nobody needs. ``stored`` gives the digests of all blobs. Does nothing to any other store."""
         with self._database.read() as connection:

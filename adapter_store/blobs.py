@@ -11,6 +11,7 @@ Knows nothing of tenants, and not whether anybody needs a blob.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Protocol
 from adapter_store.durable import clear_hidden, digest_of, read_chunks, write_durably
 from adapter_store.errors import BlobCorrupt, StoreError
 
+_LINK_TRIES = 10
 _HEX = re.compile("[0-9a-f]{64}")
 
 
@@ -42,14 +44,14 @@ class BlobStore(Protocol):
         Raises BlobCorrupt when the blob is missing or damaged.
         """
 
+    def size(self, sha256: str) -> int | None:
+        """Bytes of a stored blob, None for one that is missing."""
+
     def delete(self, sha256: str) -> None:
         """Forget a blob; unknown ones are no error."""
 
-    def digests(self) -> Iterator[str]:
-        """Everything stored."""
-
-    def clear(self, age_s: float) -> int:
-        """Remove what crashes left on the local disk, if it is older than ``age_s`` seconds. Returns how many files."""
+    def clear(self, before: float) -> int:
+        """Remove what crashes left on the local disk before a time, in seconds since the epoch. Returns how many files."""
 
 
 class LocalBlobs:
@@ -60,27 +62,42 @@ class LocalBlobs:
         self._root.mkdir(parents=True, exist_ok=True)
 
     def put(self, source: Path, sha256: str, *, fresh: bool = True) -> None:
-        target = self._root / blob_key(sha256)
+        target = self._path(sha256)
         # A damaged blob is mended by pushing it again, which is why its bytes are read and not only its name.
         if fresh or not target.exists() or digest_of(target) != sha256:
             write_durably(read_chunks(source), sha256, target)
 
     def link(self, sha256: str, target: Path) -> None:
+        path = self._path(sha256)
+        for _ in range(_LINK_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                os.link(path, target)
+                return
+            # Linux says the same of a file that a put has replaced in this very moment.
+            if not path.exists():
+                break
+        raise missing(sha256)
+
+    def size(self, sha256: str) -> int | None:
         try:
-            os.link(self._root / blob_key(sha256), target)
-        except FileNotFoundError as error:
-            raise missing(sha256) from error
+            return self._path(sha256).stat().st_size
+        except FileNotFoundError:
+            return None
 
     def delete(self, sha256: str) -> None:
-        (self._root / blob_key(sha256)).unlink(missing_ok=True)
+        self._path(sha256).unlink(missing_ok=True)
 
     def digests(self) -> Iterator[str]:
+        """Everything stored."""
         for path in self._root.glob("??/*"):
             if _HEX.fullmatch(path.name):
                 yield path.name
 
-    def clear(self, age_s: float) -> int:
-        return clear_hidden(self._root, age_s)
+    def clear(self, before: float) -> int:
+        return clear_hidden(self._root, before)
+
+    def _path(self, sha256: str) -> Path:
+        return self._root / blob_key(sha256)
 
 
 def blob_key(sha256: str) -> str:

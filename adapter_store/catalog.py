@@ -6,7 +6,7 @@ Reading is in lookup, the rows of names in names. Knows no bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,11 @@ class Catalog:
         """The digests of all versions of all tenants."""
         with self._database.read() as connection:
             return set(connection.execute(select(_versions.c.digest).distinct()).scalars())
+
+    def with_digests(self, digests: Collection[str]) -> list[AdapterVersion]:
+        """All versions of all tenants with these digests."""
+        with self._database.read() as connection:
+            return lookup.find_digests(connection, digests)
 
     def tenants_of(self, digest: str) -> set[str]:
         """The tenants that have a version with this digest."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
-import time
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,20 +57,21 @@ def digest_of(source: Path) -> str:
         return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
-def clear_hidden(root: Path, age_s: float) -> int:
-    """Remove what crashes left under ``root``: hidden files that nobody has written to for ``age_s``. Returns how many."""
-    return sum(path.is_file() and remove_stale(path, age_s) for path in root.rglob(".*"))
+def clear_hidden(root: Path, before: float) -> int:
+    """Remove what crashes left under ``root``: hidden files that nobody has written to since ``before`` (seconds since the epoch).
+    Returns how many."""
+    stale = [path for path in root.rglob(".*") if _last_write(path) < before]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
 
 
-def remove_stale(path: Path, age_s: float) -> bool:
-    """Remove a file if nobody has written to it for ``age_s``; one that somebody else has removed is no error."""
-    try:
-        if time.time() - path.stat().st_mtime < age_s:
-            return False
-        path.unlink()
-    except FileNotFoundError:
-        return False
-    return True
+def clear_directories(root: Path, before: float) -> int:
+    """Remove the directories in ``root`` in which nothing was written since ``before`` (seconds since the epoch). Returns how many."""
+    stale = [path for path in root.iterdir() if max(map(_last_write, (path, *path.glob("*")))) < before]
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(stale)
 
 
 @contextmanager
@@ -81,6 +83,14 @@ def full_disk_is_storage_full() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageFull("no space is left to store the upload") from error
         raise
+
+
+def _last_write(path: Path) -> float:
+    """Seconds since the epoch; infinite for what has just gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def _make_directory(directory: Path) -> None:

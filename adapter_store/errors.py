@@ -10,6 +10,7 @@ StoreError
 ├── VersionInUse           a tag or an alias names what is to be removed
 ├── IdempotencyKeyReused   the key came with another request before
 ├── PinLimit               the tenant has as many pins as it may have
+├── InvalidDigest          a text is no sha256 digest
 ├── UploadTooLarge         the upload is over the byte cap
 ├── UploadNotFound         no such resumable upload for this tenant
 ├── OffsetMismatch         a piece does not start where the upload ends
@@ -64,6 +65,12 @@ class InvalidName(StoreError):
     """The name does not match ``[a-z0-9][a-z0-9._-]{0,63}``, or is reserved."""
 
     code = "invalid_adapter_name"
+
+
+class InvalidDigest(StoreError):
+    """A text is not ``sha256:`` and 64 hex digits."""
+
+    code = "invalid_digest"
 
 
 class UploadTooLarge(StoreError):

@@ -6,6 +6,7 @@ Everything works on a connection, so that a caller can look and change in one tr
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, select
@@ -17,6 +18,9 @@ from adapter_store.manifest import Reference
 from adapter_store.types import LATEST, AdapterRecord, AdapterVersion, VersionFile
 
 _names, _versions, _tags, _files = schema.names, schema.versions, schema.tags, schema.files
+
+_MAX_IN = 500
+"""Parameters of one query; databases bound them."""
 
 # Built once: they are asked for every request.
 _OF_NAME = select(_versions).where(_versions.c.tenant == bindparam("tenant"), _versions.c.name == bindparam("name"))
@@ -60,6 +64,18 @@ def find_record(connection: Connection, tenant: str, name: str) -> AdapterRecord
     """An adapter with all of its versions and tags, or None."""
     records = _records(connection, _adapters(tenant).where(_names.c.name == name), tenant)
     return records[0] if records else None
+
+
+def find_digests(connection: Connection, digests: Collection[str]) -> list[AdapterVersion]:
+    """All versions of all tenants with these digests."""
+    found, wanted = [], sorted(digests)
+    for start in range(0, len(wanted), _MAX_IN):
+        some = _versions.c.digest.in_(wanted[start : start + _MAX_IN])
+        query = select(_versions).where(some).order_by(_versions.c.tenant, _versions.c.name, _versions.c.number)
+        for row in connection.execute(query).all():
+            key = {"tenant": row.tenant, "name": row.name, "number": row.number}
+            found.append(_version(row, [VersionFile(*file) for file in connection.execute(_FILES, key).all()]))
+    return found
 
 
 def page(connection: Connection, tenant: str, limit: int, after: str) -> tuple[AdapterRecord, ...]:

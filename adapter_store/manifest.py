@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adapter_store.errors import InvalidName
+from adapter_store.errors import InvalidDigest, InvalidName
 
 RESERVED_NAMES = frozenset({"base"})
 NAME_GRAMMAR = "[a-z0-9][a-z0-9._-]{0,63}"
@@ -70,8 +70,11 @@ def parse_reference(text: str) -> Reference:
     )
 
 
-def is_digest(text: str) -> bool:
-    return _DIGEST.fullmatch(text) is not None
+def parse_blob_digest(text: str) -> str:
+    """The 64 hex digits of ``sha256:…``. Raises InvalidDigest."""
+    if not _DIGEST.fullmatch(text):
+        raise InvalidDigest(f"{text[:80]!r} is not the digest of a blob: sha256: and 64 lower-case hex digits")
+    return text.removeprefix("sha256:")
 
 
 def manifest_digest(blobs: Mapping[str, str]) -> str:

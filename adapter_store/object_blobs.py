@@ -8,6 +8,7 @@ alone for a moment (breaker); blobs with a local copy go on being served. Object
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +23,7 @@ from adapter_store.blob_cache import BlobCache
 from adapter_store.blobs import blob_key, missing
 from adapter_store.breaker import Breaker
 from adapter_store.durable import CHUNK, digest_of
-from adapter_store.errors import BlobCorrupt, StoreUnavailable
+from adapter_store.errors import BlobCorrupt, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -40,55 +41,50 @@ _PARTS_AT_ONCE = 4
 class ObjectBlobs:
     """Blobs in an object store. Uploads are complete or absent; the store checks the digest that each request is signed with."""
 
-    def __init__(self, reads: ObjectStore, writes: ObjectStore, cache: BlobCache) -> None:
-        """``reads`` and ``writes`` are clients of the same place, which may differ in how long they wait."""
-        self._reads = reads
-        self._writes = writes
+    def __init__(self, quick: ObjectStore, patient: ObjectStore, cache: BlobCache) -> None:
+        """Two clients of the same place: ``patient`` waits longer for an answer, and uploads."""
+        self._quick = quick
+        self._patient = patient
         self._cache = cache
         self._breaker = Breaker("the blob store")
 
     @classmethod
     def from_url(cls, url: str, cache: BlobCache) -> Self:
-        """Blobs at ``s3://bucket/prefix``. Asks nobody yet: a store that is down now may be up later."""
+        """Blobs at ``s3://bucket/prefix``. Asks nobody yet: a store that is down now may be up later. Raises StoreError for another URL."""
+        if not re.match("s3://.", url):
+            raise StoreError("blobs are kept in a directory or at an URL of s3://bucket/prefix; this URL is another")
         # An upload is silent for as long as its parts are under way, a download never.
         return cls(_client(url, silence_s=5), _client(url, silence_s=60), cache)
 
     def put(self, source: Path, sha256: str, *, fresh: bool = True) -> None:
-        key = _key(sha256)
         if digest_of(source) != sha256:
             raise BlobCorrupt(f"the bytes that came for blob {sha256[:12]} have another digest")
-        with self._reach():
-            if fresh or not self._holds(key, source.stat().st_size):
-                obstore.put(self._writes, key, source, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+        if fresh or self.size(sha256) != source.stat().st_size:
+            with self._reach():
+                obstore.put(self._patient, _key(sha256), source, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
 
     def link(self, sha256: str, target: Path) -> None:
         self._cache.link(sha256, target, self._fetch)
 
+    def size(self, sha256: str) -> int | None:
+        with self._reach():
+            try:
+                return obstore.head(self._quick, _key(sha256))["size"]
+            except FileNotFoundError:
+                return None
+
     def delete(self, sha256: str) -> None:
         with self._reach():
-            obstore.delete(self._writes, _key(sha256))
+            obstore.delete(self._quick, _key(sha256))
         self._cache.forget(sha256)
 
-    def digests(self) -> Iterator[str]:
-        with self._reach():
-            pages = [[item["path"] for item in page] for page in obstore.list(self._reads, "sha256")]
-        for page in pages:
-            for path in page:
-                yield path.rpartition("/")[2]
-
-    def clear(self, age_s: float) -> int:
-        return self._cache.clear(age_s)
-
-    def _holds(self, key: str, nbytes: int) -> bool:
-        try:
-            return obstore.head(self._reads, key)["size"] == nbytes
-        except FileNotFoundError:
-            return False
+    def clear(self, before: float) -> int:
+        return self._cache.clear(before)
 
     def _fetch(self, sha256: str) -> Iterator[bytes]:
         with self._reach():
             try:
-                yield from obstore.get(self._reads, _key(sha256)).stream(min_chunk_size=CHUNK)
+                yield from obstore.get(self._quick, _key(sha256)).stream(min_chunk_size=CHUNK)
             except FileNotFoundError as error:
                 if "NoSuchBucket" in str(error):
                     raise StoreUnavailable("the bucket of the blob store does not exist") from error

@@ -5,6 +5,7 @@ A client's file name is a label that chooses a role; it is never a path on disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import tempfile
@@ -15,7 +16,8 @@ from typing import IO, Any
 
 from adapter_store import archive
 from adapter_store.config_json import ConfigFault, read_config, read_labels
-from adapter_store.errors import AdapterRejected, Fault, UploadTooLarge
+from adapter_store.durable import full_disk_is_storage_full
+from adapter_store.errors import AdapterRejected, Fault, StorageFull, UploadTooLarge
 from adapter_store.manifest import manifest_digest
 from adapter_store.safetensors_header import HeaderFault, first_non_finite, read_header
 
@@ -83,10 +85,12 @@ class Writer:
         self._staging.count(len(data), self.label)
         self._hash.update(data)
         self.nbytes += len(data)
-        return self._file.write(data)
+        with full_disk_is_storage_full():
+            return self._file.write(data)
 
     def close(self) -> None:
-        self._file.close()
+        with full_disk_is_storage_full():
+            self._file.close()
 
     @property
     def sha256(self) -> str:
@@ -124,8 +128,9 @@ class Staging:
     """A context manager around the temporary directory of one upload."""
 
     def __init__(self, root: Path, max_bytes: int) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        self._directory = Path(tempfile.mkdtemp(prefix="upload-", dir=root))
+        with full_disk_is_storage_full():
+            root.mkdir(parents=True, exist_ok=True)
+            self._directory = Path(tempfile.mkdtemp(prefix="upload-", dir=root))
         self._max_bytes = max_bytes
         self._total = 0
         self._writers: dict[str, Writer] = {}
@@ -182,7 +187,9 @@ class Staging:
     def discard(self) -> None:
         """Remove what arrived and was not committed."""
         for writer in self._writers.values():
-            writer.close()
+            # What cannot be written any more need not be.
+            with contextlib.suppress(StorageFull):
+                writer.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _file(self, leaf: str) -> Writer | _Null:

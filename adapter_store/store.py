@@ -2,30 +2,39 @@
 
 <directory>/
   catalog.sqlite   names, versions, tags, aliases and the rest of schema, unless a URL says where they are
-  blobs/           content-addressed files (see blobs)
-  uploads/         uploads under way
+  blobs/           content-addressed files (see blobs), or
+  cache/           copies of those that an object store has (see blob_cache)
+  uploads/         adapters while they arrive (see staging)
+  partial/         resumable uploads of single blobs (see uploads)
+  checkouts/       links to blobs that somebody reads just now
+
+All of it is on one filesystem, one that knows hard links.
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 from sqlalchemy import URL
 
 from adapter_store import migrations
 from adapter_store.aliases import Aliases
-from adapter_store.blob_records import UNTOUCHED_S, BlobRecords
+from adapter_store.blob_cache import BlobCache
+from adapter_store.blob_records import OWNED_S, UNTOUCHED_S, BlobRecords
 from adapter_store.blobs import BlobStore, LocalBlobs
 from adapter_store.catalog import Catalog, Once
 from adapter_store.database import Database
-from adapter_store.errors import AdapterNotFound, AdapterRejected, Fault, InvalidName
+from adapter_store.durable import CHUNK, clear_directories
+from adapter_store.errors import AdapterNotFound, AdapterRejected, BlobCorrupt, BlobNotFound, Fault, InvalidName
 from adapter_store.idempotency import Idempotency, publish_fingerprint
 from adapter_store.manifest import Reference, check_name, check_tag, parse_reference
+from adapter_store.object_blobs import ObjectBlobs
 from adapter_store.pins import Pins
 from adapter_store.staging import StagedAdapter, StagedFile, Staging
 from adapter_store.types import (
@@ -40,6 +49,7 @@ from adapter_store.types import (
     Target,
     VersionFile,
 )
+from adapter_store.uploads import PieceWriter, Uploads
 
 __all__ = ["AdapterRecord", "AdapterVersion", "Alias", "Condition", "Replay", "Store", "Swept", "Target", "VersionFile"]
 
@@ -47,7 +57,7 @@ __all__ = ["AdapterRecord", "AdapterVersion", "Alias", "Condition", "Replay", "S
 class Store:
     """Adapters of all tenants. What one tenant asks never shows another's."""
 
-    def __init__(self, database: Database, blobs: BlobStore, uploads: Path, max_upload_bytes: int) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, directory: Path, max_upload_bytes: int) -> None:
         self._database = database
         self._blob_records = BlobRecords(database)
         self._idempotency = Idempotency(database)
@@ -55,7 +65,11 @@ class Store:
         self._aliases = Aliases(database)
         self._pins = Pins(database)
         self._blobs = blobs
-        self._uploads = uploads
+        self._staging = directory / "uploads"
+        self._checkouts = directory / "checkouts"
+        for path in (self._staging, self._checkouts):
+            path.mkdir(exist_ok=True)
+        self._uploads = Uploads(directory / "partial", max_upload_bytes)
         self._max_upload_bytes = max_upload_bytes
 
     @classmethod
@@ -65,19 +79,24 @@ class Store:
         *,
         max_upload_bytes: int = 1 << 30,
         catalog_url: str | None = None,
+        blobs_url: str | None = None,
+        blob_cache_bytes: int = 10 << 30,
         clock: Callable[[], float] = time.time,
     ) -> Store:
-        """Open or create a store in a local directory, or with its catalog in a database of its own. Raises StoreUnavailable."""
+        """Open or create a store in a local directory, with its catalog or its blobs elsewhere if URLs say so.
+
+        ``blob_cache_bytes`` of remote blobs are kept at hand. Raises StoreUnavailable, and StoreError for an URL that means no store.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         local = URL.create("sqlite", database=str(directory / "catalog.sqlite"))
-        uploads = directory / "uploads"
-        uploads.mkdir(exist_ok=True)
         database = Database(catalog_url or local, clock)
         migrations.upgrade(database)
-        store = cls(database, LocalBlobs(directory / "blobs"), uploads, max_upload_bytes)
-        store._take_over()
-        store.sweep()
-        return store
+        if blobs_url is not None:
+            cache = BlobCache(directory / "cache", blob_cache_bytes)
+            return cls(database, ObjectBlobs.from_url(blobs_url, cache), directory, max_upload_bytes)
+        blobs = LocalBlobs(directory / "blobs")
+        BlobRecords(database).take_over(blobs.digests, blobs.size)
+        return cls(database, blobs, directory, max_upload_bytes)
 
     def close(self) -> None:
         """Close the catalog's connections."""
@@ -87,11 +106,11 @@ class Store:
 
     def begin_upload(self) -> Staging:
         """A place for one upload's files; use it as a context manager."""
-        return Staging(self._uploads, self._max_upload_bytes)
+        return Staging(self._staging, self._max_upload_bytes)
 
     def with_children(self, tenant: str, staged: StagedAdapter) -> StagedAdapter:
         """A fusion together with the files of the tenant's adapters that it names, as they are now: what becomes of those later does not
-        touch it. Other uploads as they are. Raises AdapterRejected with every name that means no adapter."""
+        touch it. Other uploads as they are. Raises AdapterRejected with every name that means no adapter, BlobCorrupt."""
         files: list[StagedFile] = []
         faults: list[Fault] = []
         for name in staged.children:
@@ -103,7 +122,8 @@ class Store:
                 continue
             for file in version.files:
                 if file.role in ("config", "weights"):
-                    path = self._blobs.path(file.sha256)
+                    path = staged.files[0].path.with_name(f"child-{len(files)}")
+                    self._blobs.link(file.sha256, path)
                     files.append(StagedFile(f"child/{name}/{file.role}", f"{name}/{file.name}", path, file.sha256, file.nbytes))
         if faults:
             raise AdapterRejected(faults)
@@ -140,7 +160,7 @@ class Store:
         assert (idempotency_key is None) == (reply is None), "a key and its reply come together"
         once = Once(idempotency_key, self.fingerprint(name, staged, tag), reply) if idempotency_key and reply else None
         for file in staged.files:
-            self._keep(file)
+            self._put(file.path, file.sha256, file.nbytes)
         files = tuple(VersionFile(file.role, file.name, file.sha256, file.nbytes) for file in staged.files)
         return self._catalog.publish(tenant, name, staged.digest, files, facts, tag, condition, once)
 
@@ -167,18 +187,81 @@ class Store:
         """The tenants that have an adapter of these files. For the server's own care, never for an answer."""
         return self._catalog.tenants_of(digest)
 
+    def names_of(self, digests: Collection[str]) -> dict[str, list[AdapterVersion]]:
+        """All versions of all tenants with these digests. For operators only."""
+        found: dict[str, list[AdapterVersion]] = {}
+        for version in self._catalog.with_digests(digests):
+            found.setdefault(version.digest, []).append(version)
+        return found
+
     def digests(self) -> set[str]:
         """The digests of everything stored, whoever has it."""
         return self._catalog.digests()
 
-    def files(self, version: AdapterVersion) -> dict[str, Path]:
-        """Local files of a version by role."""
-        return {role: self._blobs.path(sha256) for role, sha256 in version.blobs.items()}
+    # Bytes
 
     @contextmanager
     def checkout(self, version: AdapterVersion) -> Iterator[dict[str, Path]]:
-        """Local files of a version by role, while the context is open."""
-        yield self.files(version)
+        """Local files of a version by role, to be read only. They stay while the context is open, for a day at most, even if the adapter
+        is deleted. Raises BlobCorrupt, StoreUnavailable, StorageFull."""
+        with TemporaryDirectory(dir=self._checkouts) as directory:
+            paths = {file.role: Path(directory, str(place)) for place, file in enumerate(version.files)}
+            for file in version.files:
+                self._blobs.link(file.sha256, paths[file.role])
+            yield paths
+
+    def blob(self, tenant: str, sha256: str) -> int | None:
+        """Bytes of a blob that the tenant owns: one of its versions has it, or it has uploaded it in the last 24 hours. None for others."""
+        return self._blob_records.size(tenant, sha256)
+
+    def open_blob(self, tenant: str, sha256: str) -> BinaryIO:
+        """A blob that the tenant owns. Raises BlobNotFound, BlobCorrupt, StoreUnavailable."""
+        if self.blob(tenant, sha256) is None:
+            raise BlobNotFound(f"you own no blob {sha256[:64]!r}; upload it")
+        with TemporaryDirectory(dir=self._checkouts) as directory:
+            path = Path(directory, "blob")
+            self._blobs.link(sha256, path)
+            return path.open("rb")
+
+    def stage_blobs(self, tenant: str, files: Mapping[str, str], staging: Staging) -> None:
+        """Put blobs (file name → sha256) that the tenant owns into an upload, as if it had sent them. Raises BlobNotFound with all that it
+        does not own, BlobCorrupt, UploadTooLarge."""
+        absent = [f"{name[:80]!r} ({sha256[:64]})" for name, sha256 in files.items() if self.blob(tenant, sha256) is None]
+        if absent:
+            raise BlobNotFound(f"you own no such blobs; upload them: {', '.join(absent)}")
+        for name, sha256 in files.items():
+            digest = hashlib.sha256()
+            with self.open_blob(tenant, sha256) as reader, staging.open(name) as writer:
+                while chunk := reader.read(CHUNK):
+                    digest.update(chunk)
+                    writer.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise BlobCorrupt(f"blob {sha256[:12]} is damaged; upload it again")
+
+    def begin_blob(self, tenant: str) -> str:
+        """Start a resumable upload of one blob and return its id. Raises TooManyUploads."""
+        return self._uploads.begin(tenant)
+
+    def blob_offset(self, tenant: str, upload: str) -> int:
+        """Bytes of an upload that have arrived. Raises UploadNotFound."""
+        return self._uploads.offset(tenant, upload)
+
+    def append_blob(self, tenant: str, upload: str, offset: int) -> PieceWriter:
+        """Go on with an upload; use it as a context manager. Raises UploadNotFound, OffsetMismatch."""
+        return self._uploads.append(tenant, upload, offset)
+
+    def finish_blob(self, tenant: str, upload: str, sha256: str) -> int:
+        """Store what arrived, which must have this digest; the tenant then owns it for 24 hours. Returns its bytes.
+        Raises UploadNotFound, OffsetMismatch, DigestMismatch, StorageFull, StoreUnavailable; the upload is then still there."""
+        with self._uploads.complete(tenant, upload, sha256) as path:
+            nbytes = path.stat().st_size
+            self._put(path, sha256, nbytes)
+            self._blob_records.own(tenant, sha256)
+        return nbytes
+
+    def cancel_blob(self, tenant: str, upload: str) -> None:
+        """Forget an upload. Raises UploadNotFound."""
+        self._uploads.cancel(tenant, upload)
 
     # Changing what names mean
 
@@ -227,6 +310,12 @@ class Store:
         """(tenant, digest) of every pin."""
         return self._pins.all()
 
+    def pinned_versions(self) -> list[AdapterVersion]:
+        """What is pinned, whoever pinned it: a version of each (tenant, digest)."""
+        pins = self.pins()
+        found = self._catalog.with_digests({digest for _, digest in pins})
+        return list({(item.tenant, item.digest): item for item in found if (item.tenant, item.digest) in pins}.values())
+
     def touch(self, used: Mapping[tuple[str, str, int], float]) -> None:
         """Write down when versions (tenant, name, number) were last used, in seconds since the epoch."""
         self._catalog.touch(used)
@@ -234,30 +323,18 @@ class Store:
     # Care
 
     def sweep(self) -> Swept:
-        """Remove what nobody needs and nobody has touched for an hour. Safe beside uploads, and on several replicas at once."""
+        """Remove what nobody needs and nobody has touched for an hour, or a day. Safe beside everything else, and on several replicas at
+        once. Raises StoreUnavailable, having done a part."""
+        hour_ago, day_ago = self._database.now() - UNTOUCHED_S, self._database.now() - OWNED_S
+        leftovers = self._blobs.clear(hour_ago)
+        leftovers += clear_directories(self._staging, hour_ago) + clear_directories(self._checkouts, day_ago)
+        uploads = self._uploads.sweep(day_ago)
         self._idempotency.expire()
         self._blob_records.expire()
         blobs = sum(self._blob_records.remove(sha256, self._blobs.delete) for sha256 in self._blob_records.orphans())
-        return Swept(blobs, self._sweep_uploads())
+        return Swept(blobs, uploads, leftovers)
 
-    def _sweep_uploads(self) -> int:
-        stale = [path for path in self._uploads.iterdir() if _last_change(path) <= self._database.now() - UNTOUCHED_S]
-        for path in stale:
-            shutil.rmtree(path, ignore_errors=True)
-        return len(stale)
-
-    def _take_over(self) -> None:
-        self._blob_records.take_over(self._blobs.digests, lambda sha256: self._blobs.path(sha256).stat().st_size)
-
-    def _keep(self, file: StagedFile) -> None:
-        """Store a file's bytes; its row first (see blob_records)."""
-        self._blob_records.note(file.sha256, file.nbytes)
-        self._blobs.put(file.path, file.sha256)
-
-
-def _last_change(directory: Path) -> float:
-    """When anything in an upload's directory was written last; now, if the upload ends while we look."""
-    try:
-        return max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
-    except FileNotFoundError:
-        return time.time()
+    def _put(self, path: Path, sha256: str, nbytes: int) -> None:
+        """Store a file's bytes; their row first (see blob_records)."""
+        fresh = self._blob_records.note(sha256, nbytes)
+        self._blobs.put(path, sha256, fresh=fresh)

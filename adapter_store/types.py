@@ -103,7 +103,9 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What a sweep removed: blobs that nobody needs, and directories of uploads that nobody finishes."""
+    """What a sweep removed: blobs that nobody needs, resumable uploads that nobody goes on with, and files and directories that crashes
+    left behind."""
 
     blobs: int
     uploads: int
+    leftovers: int

@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -124,13 +123,13 @@ class Uploads:
         except FileNotFoundError as error:
             raise _not_found(upload) from error
 
-    def sweep(self, age_s: float) -> int:
-        """Forget uploads to which nothing was added for ``age_s`` seconds. Returns how many."""
+    def sweep(self, before: float) -> int:
+        """Forget uploads to which nothing was added since ``before`` (seconds since the epoch). Returns how many."""
         swept = 0
         for path in self._root.iterdir():
             try:
                 with _locked(path) as file:
-                    if time.time() - os.fstat(file.fileno()).st_mtime >= age_s:
+                    if os.fstat(file.fileno()).st_mtime < before:
                         path.unlink()
                         swept += 1
             except (FileNotFoundError, BlockingIOError):

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,20 +24,25 @@ from adapter_store.residency_redis import RedisResidency
 from adapter_store.store import Store
 from server import __version__
 from server.adapters.lowerer import LowererClient
-from server.api import adapters, generate, health, openai, tasks
+from server.api import adapters, aliases, blobs, generate, health, openai, push, registry, residency, tags, tasks
 from server.api.auth import Keys
 from server.api.edge import TGI_PATHS, Edge, error_response
 from server.api.generation import Generation
+from server.api.push import InProgress
 from server.config import Settings
 from server.engine.base_dir import BaseDir, prepare_base
 from server.engine.client import EngineClient
 from server.engine.settings import EngineSettings
 from server.engine.types import ProgramEvent
-from server.errors import ApiError
+from server.errors import ADAPTER_ERRORS, ApiError, from_adapter_error
+from server.last_used import LastUsed
+from server.maintenance import maintain
 from server.metrics import Metrics
+from server.pins import Pins
+from server.quarantine import Quarantine
+from server.replica import Replica
+from server.residents import Residents
 from server.tokenizer import Tokenizer
-
-LEASE_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +60,27 @@ class Services:
     generation: Generation
     metrics: Metrics
     keys: Keys
-    replica: str
-    events: asyncio.Queue[ProgramEvent]
+    residents: Residents
+    quarantine: Quarantine
+    pins: Pins
+    last_used: LastUsed
+    replica: Replica
+    pushes: InProgress = field(default_factory=InProgress)
     started: float = field(default_factory=time.time)
     draining: bool = False
-    degraded: set[str] = field(default_factory=set)
+
+    @property
+    def degraded(self) -> list[str]:
+        """Dependencies that do not answer, and without which serving goes on."""
+        return ["registry"] if self.replica.is_degraded else []
 
     @property
     def base_names(self) -> tuple[str, ...]:
         return (self.base.name, "base") if self.base.name != "base" else ("base",)
+
+    async def maintain(self) -> None:
+        """Keep the store in order, until cancelled."""
+        await maintain(self.store, self.last_used)
 
     async def holders(self, program_id: str) -> dict[str, str]:
         """Replicas that hold a program; empty while the registry does not answer."""
@@ -77,10 +94,20 @@ def build_services(settings: Settings) -> Services:
     """Make every part; nothing is started. Raises UnsupportedBase, ConfigError, OSError."""
     base = prepare_base(settings.model, settings.data_dir, progress=log.info)
     dtype = pick_dtype(settings.dtype)
-    events: asyncio.Queue[ProgramEvent] = asyncio.Queue()
-    engine = EngineClient(_engine_settings(settings, base, dtype), on_event=events.put_nowait)
-    metrics = Metrics(engine)
-    store = Store.open(settings.data_dir / "store", max_upload_bytes=settings.max_upload_bytes)
+
+    def on_event(event: ProgramEvent) -> None:
+        residents.apply(event)
+        metrics.program_event(event)
+
+    engine = EngineClient(_engine_settings(settings, base, dtype), on_event=on_event)
+    residents, quarantine, metrics = Residents(lambda: engine.pid), Quarantine(), Metrics(engine)
+    store = Store.open(
+        settings.data_dir / "store",
+        max_upload_bytes=settings.max_upload_bytes,
+        catalog_url=settings.catalog_url,
+        blobs_url=settings.blobs_url,
+        blob_cache_bytes=settings.blob_cache_bytes,
+    )
     lowerer = LowererClient(
         base.path,
         base.digest,
@@ -90,20 +117,27 @@ def build_services(settings: Settings) -> Services:
         max_disk_bytes=settings.disk_bytes,
         on_unused=_dropper(engine),
     )
-    registry: ResidencyRegistry = LocalResidency() if settings.redis_url is None else RedisResidency(settings.redis_url)
+    shared: ResidencyRegistry = LocalResidency() if settings.redis_url is None else RedisResidency(settings.redis_url)
+    pins, last_used = Pins(store, lowerer, engine), LastUsed(store)
+    replica = Replica(f"{socket.gethostname()}-{os.getpid()}", shared, residents, store, lowerer, engine, pins)
+    metrics.quarantined.set_function(lambda: len(quarantine))
+    metrics.degraded.labels("registry").set_function(lambda: int(replica.is_degraded))
     tokenizer = Tokenizer(base.path)
     return Services(
         settings=settings,
         base=base,
         store=store,
-        registry=registry,
+        registry=shared,
         engine=engine,
         lowerer=lowerer,
-        generation=Generation(engine, store, lowerer, tokenizer, metrics, (base.name, "base")),
+        generation=Generation(engine, store, lowerer, tokenizer, metrics, residents, quarantine, last_used, (base.name, "base")),
         metrics=metrics,
         keys=Keys(settings.keys_file),
-        replica=f"{socket.gethostname()}-{os.getpid()}",
-        events=events,
+        residents=residents,
+        quarantine=quarantine,
+        pins=pins,
+        last_used=last_used,
+        replica=replica,
     )
 
 
@@ -119,19 +153,18 @@ def create_app(services: Services) -> FastAPI:
             stack.push_async_callback(services.lowerer.stop)
             stored = await asyncio.to_thread(services.store.digests)
             await asyncio.gather(services.engine.start(), services.lowerer.start(stored))
-            publisher = asyncio.create_task(_publish(services), name="residency-publisher")
-            try:
-                yield
-            finally:
-                publisher.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await publisher
+            await services.pins.sync()
+            for work in (services.replica.publish, services.replica.follow, services.maintain):
+                await stack.enter_async_context(_in_background(work()))
+            yield
 
     app = FastAPI(title="Medley", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
-    for module in (generate, openai, tasks, adapters, health):
+    for module in (generate, openai, tasks, push, adapters, tags, aliases, blobs, residency, registry, health):
         app.include_router(module.router)
     app.add_exception_handler(ApiError, _on_api_error)
+    for kind in ADAPTER_ERRORS:
+        app.add_exception_handler(kind, _on_adapter_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
@@ -182,37 +215,30 @@ def _engine_settings(settings: Settings, base: BaseDir, dtype: str) -> EngineSet
     )
 
 
-async def _publish(services: Services) -> None:
-    """Tell the registry what the engine holds. A registry that does not answer makes the server degraded, never wrong."""
-    restarts = services.engine.restarts
-    forget = True
-    while True:
-        try:
-            event = await asyncio.wait_for(services.events.get(), LEASE_S / 3)
-        except TimeoutError:
-            event = None
-        if event is not None:
-            services.metrics.program_event(event)
-        if services.engine.restarts != restarts:
-            restarts, forget = services.engine.restarts, True
-        try:
-            if forget:
-                await services.registry.forget(services.replica)
-                forget = False
-            await services.registry.heartbeat(services.replica, LEASE_S)
-            if event is not None:
-                await services.registry.publish(services.replica, event.program_id, event.state.value, event.nbytes)
-            services.degraded.discard("registry")
-        except StoreError as error:
-            services.degraded.add("registry")
-            forget = True
-            log.warning("the residency registry does not answer: %s", error)
-        services.metrics.degraded.labels("registry").set(int("registry" in services.degraded))
+@contextlib.asynccontextmanager
+async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run endless work beside what is in the context. Its end before that is a bug, and said at once."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_tell_end)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _tell_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        log.error("background work ended", exc_info=task.exception())
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error_response(request.url.path, error)
+
+
+async def _on_adapter_error(request: Request, error: Exception) -> Response:
+    return error_response(request.url.path, from_adapter_error(error))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

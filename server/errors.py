@@ -2,9 +2,8 @@
 
 ApiError
 ├── raised by routes, with a code of TABLE
-├── from_store_error     adapter_store.errors.StoreError
-├── from_lowering_error  server.adapters.faults.LoweringError
-├── from_turns           server.adapters.turns.TooManyWaiting
+├── from_adapter_error   adapter_store.errors.StoreError, server.adapters.faults.LoweringError, server.adapters.turns.TooManyWaiting
+├── from_quarantine      server.quarantine.Record
 └── from_engine          server.engine.client's exceptions, and errors inside a stream
 """
 
@@ -47,21 +46,41 @@ TABLE = (
     ErrorCode("invalid_token_id", 400, _INVALID, "A token id is outside the vocabulary."),
     ErrorCode("task_not_served", 400, _INVALID, "The base model cannot do this: an encoder generates nothing; see docs/API.md."),
     ErrorCode("invalid_adapter_name", 400, _INVALID, "Names match [a-z0-9][a-z0-9._-]{0,63}; `base` is reserved."),
+    ErrorCode("invalid_digest", 400, _INVALID, "A blob's digest is sha256: and 64 lower-case hex digits."),
     ErrorCode("invalid_alias", 400, _INVALID, "An alias means 1 to 16 adapters, each once, with weights above 0, and no alias."),
     ErrorCode("missing_api_key", 401, "authentication_error", "Send `Authorization: Bearer KEY`."),
     ErrorCode("invalid_api_key", 401, "authentication_error", "The key is unknown or revoked."),
+    ErrorCode("operator_only", 403, "permission_error", "The route shows the server as a whole, and needs an operator's key."),
     ErrorCode("not_found", 404, _INVALID, "There is no such route; see docs/API.md."),
     ErrorCode("adapter_not_found", 404, _INVALID, "No such adapter for this tenant. The same for `not yours` and `not there`."),
     ErrorCode("blob_not_found", 404, _INVALID, "You have no such blob or file. The same for `not yours` and `not there`."),
     ErrorCode("upload_not_found", 404, _INVALID, "There is no such upload of yours, or it is over a day old; begin another."),
     ErrorCode("method_not_allowed", 405, _INVALID, "The route exists but not with this HTTP method."),
     ErrorCode("duplicate_request", 409, _INVALID, "A request with this id is already running."),
-    ErrorCode("name_taken", 409, _INVALID, "The name is an alias's where an adapter is meant, or an adapter's where an alias is."),
-    ErrorCode("version_in_use", 409, _INVALID, "Tags or aliases name what is to be deleted; the message says which. Move them first."),
-    ErrorCode("upload_offset_mismatch", 409, _INVALID, "The bytes do not go there; ask with HEAD how far the upload is, and go on from there."),
+    ErrorCode(
+        "name_taken", 409, _INVALID, "The name is an alias's where an adapter is meant, or an adapter's where an alias is."
+    ),
+    ErrorCode(
+        "version_in_use", 409, _INVALID, "Tags or aliases name what is to be deleted; the message says which. Move them first."
+    ),
+    ErrorCode(
+        "upload_offset_mismatch",
+        409,
+        _INVALID,
+        "The bytes do not go there; ask with HEAD how far the upload is, and go on from there.",
+    ),
     ErrorCode("idempotency_key_in_use", 409, _INVALID, "A request with this Idempotency-Key is running.", retry=True),
     ErrorCode("pin_limit", 409, _INVALID, "Pinned adapters may take half of the device's bank; unpin others first."),
-    ErrorCode("precondition_failed", 412, _INVALID, "If-Match or If-None-Match does not hold: the name has changed; read it again."),
+    ErrorCode(
+        "precondition_failed", 412, _INVALID, "If-Match or If-None-Match does not hold: the name has changed; read it again."
+    ),
+    # The state of the adapter stands against it, and its owner can change that: neither a bad body (422) nor a busy server (503).
+    ErrorCode(
+        "adapter_quarantined",
+        409,
+        _INVALID,
+        "The adapter failed three times in a row for this tenant; push a new version of it, or POST /v1/adapters/{name}/load.",
+    ),
     ErrorCode("body_too_large", 413, _INVALID, "The JSON body is over 2 MiB."),
     ErrorCode("upload_too_large", 413, _INVALID, "The upload is over max_upload_bytes."),
     ErrorCode("unsupported_encoding", 415, _INVALID, "Compressed request bodies are refused; send them plain."),
@@ -190,7 +209,21 @@ _TGI_TYPES = dict.fromkeys(
 ) | {"overloaded": "overloaded"}
 
 
-def from_store_error(error: StoreError) -> ApiError:
+ADAPTER_ERRORS = (StoreError, LoweringError, TooManyWaiting)
+"""What using, changing or making an adapter raises; routes let them pass."""
+
+
+def from_adapter_error(error: Exception) -> ApiError:
+    """One of ADAPTER_ERRORS, as the caller should see it."""
+    if isinstance(error, LoweringError):
+        return _from_lowering_error(error)
+    if isinstance(error, TooManyWaiting):
+        return ApiError("overloaded", str(error), retry_after_s=error.retry_after_s)
+    assert isinstance(error, StoreError)
+    return _from_store_error(error)
+
+
+def _from_store_error(error: StoreError) -> ApiError:
     """A store error, as the caller should see it."""
     if isinstance(error, AdapterRejected):
         return _rejected(error.faults)
@@ -199,7 +232,7 @@ def from_store_error(error: StoreError) -> ApiError:
     return ApiError(code, message)
 
 
-def from_lowering_error(error: LoweringError) -> ApiError:
+def _from_lowering_error(error: LoweringError) -> ApiError:
     """A refused upload, or adapters that cannot be combined."""
     faults = [fault for fault in error.faults if fault.code == "not_composable"]
     return _refused("not_composable", "adapters cannot be combined", faults) if faults else _rejected(error.faults)
@@ -214,9 +247,15 @@ def from_engine(error: EngineOverloaded | EngineUnavailable | RequestError) -> A
     return ApiError(error.code if error.code in CODES else "internal_error", error.message)
 
 
-def from_turns(error: TooManyWaiting) -> ApiError:
-    """A tenant that asks for more lowering than is done for it at a time."""
-    return ApiError("overloaded", str(error), retry_after_s=error.retry_after_s)
+def from_quarantine(record: Record, names: Sequence[str]) -> ApiError:
+    """What a tenant asks for under these names failed it too often."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.at))
+    return ApiError(
+        "adapter_quarantined",
+        f"{' + '.join(names)} failed {record.failures} times in a row, last at {when} with {record.code}, and is refused until you push "
+        f"a new version of it or POST /v1/adapters/{names[0].partition('@')[0]}/load",
+        param="model",
+    )
 
 
 def _rejected(faults: Sequence[Any]) -> ApiError:

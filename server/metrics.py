@@ -49,6 +49,11 @@ class Metrics:
         self.load_seconds = Histogram(
             "medley_adapter_load_seconds", "Time of adapter loads by tier reached.", ["tier"], buckets=_LATENCY, registry=registry
         )
+        self.quarantined = Gauge(
+            "medley_adapters_quarantined",
+            "Programs refused because they failed a tenant three times in a row.",
+            registry=registry,
+        )
         self.degraded = Gauge("medley_degraded", "1 while a dependency does not answer.", ["dep"], registry=registry)
         Gauge("medley_build_info", "1; the labels say what runs.", ["version"], registry=registry).labels(__version__).set(1)
         self.registry.register(_EngineCollector(engine))

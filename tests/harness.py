@@ -100,6 +100,9 @@ def run(engine: Engine | EncoderEngine, requests: Iterable[Request], *, max_step
         results[request.request_id] = Result()
         engine.add(request)
     recorded = _Recorder(engine, results) if isinstance(engine, Engine) else None
+    # So that those that wait for a load share steps with the others.
+    while engine.loader.is_waiting:
+        time.sleep(0.001)
     for _ in range(max_steps):
         while engine.has_unfinished and not engine.has_runnable and engine.loader.is_waiting:
             time.sleep(0.001)

@@ -266,6 +266,7 @@ class EditCache:
         self._capacity = capacity
         self._kernel = kernel
         self._entries: OrderedDict[tuple[tuple[int, int, int], ...], StepEdits] = OrderedDict()
+        bank.watch(self._forget)
 
     def get(self, runs: Sequence[Run]) -> StepEdits | None:
         """The edits for these runs; None when they are all the base's, which takes the plain path."""
@@ -278,6 +279,11 @@ class EditCache:
         if len(self._entries) > self._capacity:
             self._entries.popitem(last=False)
         return edits
+
+    def _forget(self, serial: int) -> None:
+        """A program went: what was built for it would keep its tensors."""
+        for key in [key for key in self._entries if any(held == serial for held, _, _ in key)]:
+            del self._entries[key]
 
 
 def rotate_rows(x: Tensor, work: SiteWork) -> Tensor:

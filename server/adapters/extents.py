@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import insort
+from typing import NamedTuple
+
+
+class Slide(NamedTuple):
+    """A range of ``length`` elements moves down, from ``start`` to ``to``. The two may overlap."""
+
+    start: int
+    to: int
+    length: int
+
 
 class Extents:
     """First-fit allocation of ranges, in multiples of ``unit``; freed neighbours merge."""
@@ -16,11 +27,15 @@ class Extents:
     def used(self) -> int:
         return sum(self._used.values())
 
+    def rounded(self, length: int) -> int:
+        """How many elements a range of ``length`` takes."""
+        return -(-length // self.unit) * self.unit
+
     def allocate(self, length: int) -> int | None:
         """The start of a free range of at least ``length`` elements, or None. An empty range needs no room."""
         if length == 0:
             return 0
-        rounded = -(-length // self.unit) * self.unit
+        rounded = self.rounded(length)
         for index, (start, size) in enumerate(self._free):
             if size >= rounded:
                 rest = (start + rounded, size - rounded)
@@ -31,11 +46,21 @@ class Extents:
 
     def release(self, start: int, length: int) -> None:
         """Give back what ``allocate(length)`` returned."""
-        if length == 0:
-            return
-        size = self._used.pop(start)
-        self._free.append((start, size))
-        self._free.sort()
+        if length:
+            self._give_back(start, self._used.pop(start))
+
+    def slide(self) -> Slide | None:
+        """Move the range behind the first gap down into it; None when all that is free lies at the end. Repeated, gaps become one."""
+        if not self._free or sum(self._free[0]) == self.capacity:
+            return None
+        to, gap = self._free.pop(0)
+        length = self._used.pop(to + gap)
+        self._used[to] = length
+        self._give_back(to + length, gap)
+        return Slide(to + gap, to, length)
+
+    def _give_back(self, start: int, size: int) -> None:
+        insort(self._free, (start, size))
         merged: list[tuple[int, int]] = []
         for begin, extent in self._free:
             if merged and merged[-1][0] + merged[-1][1] == begin:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import zmq
 import zmq.asyncio
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.identity import program_id
@@ -196,8 +196,11 @@ class LowererClient:
             return None
         facts = self._files.facts(name)
         if facts is None:
-            # Left by an earlier process.
-            facts = await asyncio.to_thread(_facts, path)
+            # Left by an earlier process; what cannot be read is made again.
+            try:
+                facts = await asyncio.to_thread(_facts, path)
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+                return None
             self._files.remember(name, facts)
         return LoweredProgram(name, path, facts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Query
@@ -13,8 +14,7 @@ from adapter_store.store import Store
 from server.api.blobs import blob_response
 from server.api.conditions import is_known, quoted, write_condition
 from server.api.describe import describe, describe_latest, describe_versions
-from server.api.stored import stored
-from server.errors import from_store_error
+from server.api.explain import explain
 
 router = APIRouter(prefix="/v1/adapters")
 
@@ -25,7 +25,7 @@ async def list_adapters(
 ) -> dict[str, Any]:
     """The tenant's adapters by name; ``next`` is the ``after`` of the following page."""
     store: Store = request.app.state.services.store
-    records = await stored(store.records, request.state.tenant, limit, after)
+    records = await asyncio.to_thread(store.records, request.state.tenant, limit, after)
     following = records[-1].name if len(records) == limit else None
     return {"object": "list", "data": [describe_latest(record) for record in records], "next": following}
 
@@ -35,13 +35,13 @@ async def show(request: Request, name: str) -> Response:
     """One adapter: facts, versions and tags, where its program is, when it was used, and how long loading took."""
     services, tenant = request.app.state.services, request.state.tenant
     store: Store = services.store
-    record = await stored(store.get, tenant, name)
+    record = await asyncio.to_thread(store.get, tenant, name)
     if is_known(request, record.etag):
         return Response(status_code=304, headers={"etag": quoted(record.etag)})
     body = {
         **describe_latest(record),
         "versions": describe_versions(record),
-        **await services.explain(tenant, record.latest),
+        **await explain(request, record.latest),
     }
     return JSONResponse(body, headers={"etag": quoted(record.etag)})
 
@@ -50,7 +50,7 @@ async def show(request: Request, name: str) -> Response:
 async def files(request: Request, reference: str) -> dict[str, Any]:
     """What was uploaded: file names, digests and sizes."""
     store: Store = request.app.state.services.store
-    version = await stored(store.resolve, request.state.tenant, reference)
+    version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
     shown = describe(version)
     return {"object": "list", "name": shown["name"], "version": shown["version"], "data": shown["files"]}
 
@@ -59,11 +59,11 @@ async def files(request: Request, reference: str) -> dict[str, Any]:
 async def download(request: Request, reference: str, filename: str) -> Response:
     """One of the files as it was uploaded."""
     store: Store = request.app.state.services.store
-    version = await stored(store.resolve, request.state.tenant, reference)
+    version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
     found = next((file for file in version.files if file.name == filename), None)
     if found is None:
         held = ", ".join(file.name for file in version.files)
-        raise from_store_error(BlobNotFound(f"{version.name}@v{version.number} has no file {filename[:80]!r}; it has {held}"))
+        raise BlobNotFound(f"{version.name}@v{version.number} has no file {filename[:80]!r}; it has {held}")
     return await blob_response(request, found.sha256, found.name)
 
 
@@ -72,8 +72,8 @@ async def delete(request: Request, reference: str) -> dict[str, Any]:
     """Remove a name, or one version of it. Requests under way finish; new ones get 404 at once."""
     services = request.app.state.services
     store: Store = services.store
-    gone = await stored(store.delete, request.state.tenant, reference, write_condition(request))
-    await services.forget({version.digest for version in gone})
+    gone = await asyncio.to_thread(store.delete, request.state.tenant, reference, write_condition(request))
+    await services.replica.delete(sorted({version.digest for version in gone}))
     return {
         "object": "adapter.deleted",
         "deleted": [{"name": item.name, "version": f"v{item.number}", "digest": item.digest} for item in gone],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -10,11 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from adapter_store.aliases import MAX_TARGETS
-from adapter_store.types import Alias, Target
 from adapter_store.store import Store
+from adapter_store.types import Alias, Target
 from server.api.conditions import quoted, write_condition
 from server.api.schemas import AdapterReference, Strict
-from server.api.stored import stored
 
 router = APIRouter(prefix="/v1/aliases")
 
@@ -38,15 +38,19 @@ async def list_aliases(
 ) -> dict[str, Any]:
     """The tenant's aliases by name; ``next`` is the ``after`` of the following page."""
     store: Store = request.app.state.services.store
-    found = await stored(store.aliases, request.state.tenant, limit, after)
-    return {"object": "list", "data": [_describe(item) for item in found], "next": found[-1].name if len(found) == limit else None}
+    found = await asyncio.to_thread(store.aliases, request.state.tenant, limit, after)
+    return {
+        "object": "list",
+        "data": [_describe(item) for item in found],
+        "next": found[-1].name if len(found) == limit else None,
+    }
 
 
 @router.get("/{name}")
 async def show(request: Request, name: str) -> JSONResponse:
     """What an alias means now."""
     store: Store = request.app.state.services.store
-    return _reply(await stored(store.alias, request.state.tenant, name))
+    return _reply(await asyncio.to_thread(store.alias, request.state.tenant, name))
 
 
 @router.put("/{name}")
@@ -54,14 +58,14 @@ async def put(request: Request, name: str, body: AliasBody) -> JSONResponse:
     """Make the name mean this, at once and as a whole."""
     targets = tuple(Target(item.adapter, item.weight) for item in body.targets)
     store: Store = request.app.state.services.store
-    return _reply(await stored(store.set_alias, request.state.tenant, name, targets, write_condition(request)))
+    return _reply(await asyncio.to_thread(store.set_alias, request.state.tenant, name, targets, write_condition(request)))
 
 
 @router.delete("/{name}")
 async def remove(request: Request, name: str) -> dict[str, Any]:
     """Forget an alias; what it meant stays."""
     store: Store = request.app.state.services.store
-    await stored(store.remove_alias, request.state.tenant, name, write_condition(request))
+    await asyncio.to_thread(store.remove_alias, request.state.tenant, name, write_condition(request))
     return {"object": "alias.deleted", "name": name}
 
 

@@ -13,11 +13,10 @@ from fastapi import APIRouter, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from adapter_store.errors import BlobNotFound, StoreError
+from adapter_store.errors import BlobNotFound
 from adapter_store.manifest import parse_blob_digest
 from adapter_store.store import Store
-from server.api.stored import stored
-from server.errors import ApiError, from_store_error
+from server.errors import ApiError
 
 router = APIRouter(prefix="/v1/blobs")
 UPLOADS = "/v1/blobs/uploads/"
@@ -28,7 +27,7 @@ _CHUNK = 1 << 20
 async def begin(request: Request) -> JSONResponse:
     """Start the upload of one blob."""
     store: Store = request.app.state.services.store
-    upload = await stored(store.begin_blob, request.state.tenant)
+    upload = await asyncio.to_thread(store.begin_blob, request.state.tenant)
     return JSONResponse(
         {"object": "blob.upload", "id": upload, "offset": 0}, 201, {"location": UPLOADS + upload, "upload-offset": "0"}
     )
@@ -38,7 +37,7 @@ async def begin(request: Request) -> JSONResponse:
 async def offset(request: Request, upload: str) -> Response:
     """How much of it has arrived, in the header Upload-Offset."""
     store: Store = request.app.state.services.store
-    return Response(headers={"upload-offset": str(await stored(store.blob_offset, request.state.tenant, upload))})
+    return Response(headers={"upload-offset": str(await asyncio.to_thread(store.blob_offset, request.state.tenant, upload))})
 
 
 @router.patch("/uploads/{upload}")
@@ -49,27 +48,21 @@ async def append(request: Request, upload: str) -> Response:
     if not given.isascii() or not given.isdigit() or len(given) > 15:
         raise ApiError("invalid_request", "say in the header Upload-Offset where the body's bytes go", param="upload-offset")
     try:
-        writer = await asyncio.to_thread(store.append_blob, request.state.tenant, upload, int(given))
-        try:
+        with await asyncio.to_thread(store.append_blob, request.state.tenant, upload, int(given)) as writer:
             async for chunk in request.stream():
                 if chunk:
                     await asyncio.to_thread(writer.write, chunk)
-        finally:
-            await asyncio.to_thread(writer.close)
-        arrived = await asyncio.to_thread(store.blob_offset, request.state.tenant, upload)
-    except StoreError as error:
-        raise from_store_error(error) from error
     except ClientDisconnect as error:
         raise ApiError("invalid_request", "the connection broke; ask for the offset and go on from there") from error
-    return Response(status_code=204, headers={"upload-offset": str(arrived)})
+    return Response(status_code=204, headers={"upload-offset": str(writer.offset)})
 
 
 @router.put("/uploads/{upload}", status_code=201)
 async def finish(request: Request, upload: str, digest: str = Query(max_length=80)) -> JSONResponse:
     """All has arrived: check it against its digest and keep it."""
     store: Store = request.app.state.services.store
-    sha256 = _digest(digest)
-    nbytes = await stored(store.finish_blob, request.state.tenant, upload, sha256)
+    sha256 = parse_blob_digest(digest)
+    nbytes = await asyncio.to_thread(store.finish_blob, request.state.tenant, upload, sha256)
     return JSONResponse({"object": "blob", "digest": digest, "bytes": nbytes}, 201, {"location": f"/v1/blobs/{digest}"})
 
 
@@ -77,7 +70,7 @@ async def finish(request: Request, upload: str, digest: str = Query(max_length=8
 async def cancel(request: Request, upload: str) -> dict[str, str]:
     """Forget what has arrived."""
     store: Store = request.app.state.services.store
-    await stored(store.cancel_blob, request.state.tenant, upload)
+    await asyncio.to_thread(store.cancel_blob, request.state.tenant, upload)
     return {"object": "blob.upload.deleted", "id": upload}
 
 
@@ -85,24 +78,24 @@ async def cancel(request: Request, upload: str) -> dict[str, str]:
 async def known(request: Request, digest: str) -> Response:
     """Whether the blob need not be sent again."""
     store: Store = request.app.state.services.store
-    nbytes = await stored(store.blob, request.state.tenant, _digest(digest))
+    nbytes = await asyncio.to_thread(store.blob, request.state.tenant, parse_blob_digest(digest))
     if nbytes is None:
-        raise from_store_error(BlobNotFound("you have no such blob"))
+        raise BlobNotFound("you have no such blob")
     return Response(headers={"content-length": str(nbytes), "etag": f'"{digest}"'})
 
 
 @router.get("/{digest}")
 async def download(request: Request, digest: str) -> Response:
     """The blob's bytes."""
-    return await blob_response(request, _digest(digest))
+    return await blob_response(request, parse_blob_digest(digest))
 
 
 async def blob_response(request: Request, sha256: str, filename: str | None = None) -> Response:
     """Stream a blob that the tenant owns. Raises ApiError."""
     store: Store = request.app.state.services.store
     tenant = request.state.tenant
-    nbytes = await stored(store.blob, tenant, sha256)
-    file = await stored(store.open_blob, tenant, sha256)
+    nbytes = await asyncio.to_thread(store.blob, tenant, sha256)
+    file = await asyncio.to_thread(store.open_blob, tenant, sha256)
     headers = {"content-length": str(nbytes), "etag": f'"sha256:{sha256}"'}
     if filename is not None:
         headers["content-disposition"] = f'attachment; filename="{filename}"'
@@ -113,11 +106,3 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
     with file:
         while chunk := file.read(_CHUNK):
             yield chunk
-
-
-def _digest(text: str) -> str:
-    """The 64 hex digits of ``sha256:…``. Raises ApiError."""
-    try:
-        return parse_blob_digest(text)
-    except StoreError as error:
-        raise from_store_error(error) from error

@@ -22,12 +22,16 @@ def write_condition(request: Request) -> Condition:
     """What If-Match and If-None-Match ask of a write. Raises ApiError for anything but one etag, or ``*`` for "not there yet"."""
     match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
     if none_match not in (None, "*"):
-        raise ApiError("invalid_request", "If-None-Match of a write must be *: only if the name does not exist", param="if-none-match")
+        raise ApiError(
+            "invalid_request", "If-None-Match of a write must be *: only if the name does not exist", param="if-none-match"
+        )
     if match is None:
         return Condition(absent=none_match == "*")
     found = _ETAG.fullmatch(match.strip())
     if found is None or none_match is not None:
-        raise ApiError("invalid_request", 'If-Match must be one etag in quotes, as in the ETag header, and come alone', param="if-match")
+        raise ApiError(
+            "invalid_request", "If-Match must be one etag in quotes, as in the ETag header, and come alone", param="if-match"
+        )
     return Condition(match=found[1])
 
 

@@ -30,7 +30,8 @@ log = logging.getLogger("medley.access")
 
 
 class Edge:
-    """Wraps the application. ``scope["state"]`` then has ``tenant``, ``request_id``, and ``held``: what stays until all of the reply is sent."""
+    """Wraps the application. ``scope["state"]`` then has ``tenant``, ``is_operator``, ``request_id``, and ``held``: what stays until all of the reply
+    is sent."""
 
     def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics) -> None:
         self._app = app
@@ -46,7 +47,7 @@ class Edge:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         state = scope.setdefault("state", {})
-        state["request_id"], state["tenant"], state["held"] = request_id, "", ExitStack()
+        state["request_id"], state["tenant"], state["is_operator"], state["held"] = request_id, "", False, ExitStack()
         status = 500
 
         async def tagged(message: Message) -> None:
@@ -67,7 +68,8 @@ class Edge:
 
     def _admit(self, scope: Scope, headers: dict[str, str], state: dict[str, Any]) -> None:
         if scope["path"] not in OPEN_PATHS:
-            state["tenant"] = self._keys.tenant(headers.get("authorization"))
+            caller = self._keys.caller(headers.get("authorization"))
+            state["tenant"], state["is_operator"] = caller.tenant, caller.is_operator
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError("unsupported_encoding", "compressed request bodies are not read; send the body plain")
         length = headers.get("content-length", "0")

@@ -13,11 +13,8 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
-from adapter_store.errors import StoreError
 from adapter_store.store import Store
-from server.adapters.faults import LoweringError
 from server.adapters.lowerer import LoweredProgram, LowererClient
-from server.adapters.turns import TooManyWaiting
 from server.api.selection import Selection
 from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable
 from server.engine.types import (
@@ -26,14 +23,18 @@ from server.engine.types import (
     FinishReason,
     ProgramRef,
     Request,
+    RequestError,
     RequestOutput,
     SamplingParams,
     Task,
     TaskResult,
     TokenLogprob,
 )
-from server.errors import ApiError, from_engine, from_lowering_error, from_store_error, from_turns
+from server.errors import ApiError, from_engine, from_quarantine
+from server.last_used import LastUsed
 from server.metrics import Metrics
+from server.quarantine import Quarantine
+from server.residents import Residents
 from server.tokenizer import Detokenizer, StopText, Tokenizer, TokenizerError
 
 LONG_TEXT = 20_000
@@ -124,6 +125,9 @@ class Generation:
         lowerer: LowererClient,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        residents: Residents,
+        quarantine: Quarantine,
+        last_used: LastUsed,
         base_names: Sequence[str],
     ) -> None:
         self.tokenizer = tokenizer
@@ -131,6 +135,9 @@ class Generation:
         self._store = store
         self._lowerer = lowerer
         self._metrics = metrics
+        self._residents = residents
+        self._quarantine = quarantine
+        self._last_used = last_used
         self._base_names = frozenset(base_names)
 
     @property
@@ -141,7 +148,10 @@ class Generation:
         return self._engine.info
 
     async def resolve(self, tenant: str, held: ExitStack, wanted: Selection, task: Task = Task.GENERATE) -> Resolved:
-        """The program of what is asked for, made again if its file is gone. The file stays until ``held`` is closed. Raises ApiError."""
+        """The program of what is asked for, made again if its file is gone. The file stays until ``held`` is closed.
+
+        Raises ApiError, and the ADAPTER_ERRORS.
+        """
         if task not in self.info.tasks:
             raise ApiError("task_not_served", _NOT_SERVED[task])
         is_base = wanted.name is None or wanted.name in self._base_names
@@ -159,14 +169,10 @@ class Generation:
             raise ApiError(
                 "not_composable", f"adapter_drop is {wanted.drop}, and the base has {layers} layers", param="adapter_drop"
             )
-        try:
-            program, digests = await self._program(tenant, held, named, wanted)
-        except StoreError as error:
-            raise from_store_error(error) from error
-        except LoweringError as error:
-            raise from_lowering_error(error) from error
-        except TooManyWaiting as error:
-            raise from_turns(error) from error
+        program, digests = await self._program(tenant, held, named, wanted)
+        if (record := self._quarantine.refusal(tenant, program.program_id)) is not None:
+            raise from_quarantine(record, [name for name, _ in named])
+        self._residents.asked(program.program_id, digests)
         ref = ProgramRef(program.program_id, str(program.path), program.facts.get("room_taken", 0))
         return Resolved(ref, digests, len(program.facts.get("labels", ())), program.facts.get("pooling") == "none")
 
@@ -239,7 +245,7 @@ class Generation:
         text, stop = Detokenizer(self.tokenizer), StopText(call.stop)
         label = self._metrics.tenant(call.tenant)
         self._metrics.tokens.labels(label, "input").inc(len(call.prompt_token_ids))
-        last = time.monotonic()
+        last = started = time.monotonic()
         is_first = True
         try:
             async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
@@ -248,7 +254,11 @@ class Generation:
                     (self._metrics.first_token if is_first else self._metrics.between_tokens).observe(now - last)
                     last, is_first = now, False
                     self._metrics.tokens.labels(label, "output").inc(len(output.token_ids))
+                    if output.error is not None:
+                        raise self._failure(call.tenant, call.program, output.error, started)
                     delta = self._delta(output, text, stop)
+                    if delta.finish_reason is not None:
+                        self._quarantine.succeeded(call.tenant, call.program.program_id)
                     yield delta
                     if delta.finish_reason is not None:
                         return
@@ -259,12 +269,14 @@ class Generation:
         """Run a sequence that makes no token. Raises ApiError."""
         request = Request(secrets.token_hex(16), token_ids, SamplingParams(), program, tenant, task)
         self._metrics.tokens.labels(self._metrics.tenant(tenant), "input").inc(len(token_ids))
+        started = time.monotonic()
         try:
             async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
                     if output.error is not None:
-                        raise from_engine(output.error)
+                        raise self._failure(tenant, program, output.error, started)
                     if output.result is not None:
+                        self._quarantine.succeeded(tenant, program.program_id)
                         return output.result
         except (EngineOverloaded, EngineUnavailable) as error:
             raise self._refusal(error) from error
@@ -284,9 +296,14 @@ class Generation:
         self._metrics.rejections.labels(refusal.row.code).inc()
         return refusal
 
+    def _failure(self, tenant: str, program: ProgramRef, error: RequestError, started: float) -> ApiError:
+        """What ended a request that was started then; held against its adapters where they are to blame."""
+        resident = self._residents.of(program.program_id)
+        if not program.is_base and resident is not None:
+            self._quarantine.failed(tenant, program.program_id, resident.digests, error.code, started)
+        return from_engine(error)
+
     def _delta(self, output: RequestOutput, text: Detokenizer, stop: StopText) -> Delta:
-        if output.error is not None:
-            raise from_engine(output.error)
         new, stopped = stop.add("".join(text.add(token) for token in output.token_ids))
         reason = FinishReason.STOP if stopped else output.finish_reason
         if reason is not None and not stopped:

@@ -19,12 +19,11 @@ async def livez() -> dict[str, str]:
 async def readyz(request: Request) -> JSONResponse:
     """Requests can be served. 503 with the reason otherwise."""
     services = request.app.state.services
-    degraded = sorted(services.degraded)
     if services.draining:
         return JSONResponse({"status": "draining"}, status_code=503, headers={"retry-after": "5"})
     if not services.engine.ready:
         return JSONResponse({"status": "engine not ready"}, status_code=503, headers={"retry-after": "2"})
-    return JSONResponse({"status": "ok", "degraded": degraded})
+    return JSONResponse({"status": "ok", "degraded": services.degraded})
 
 
 @router.get("/health")

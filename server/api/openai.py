@@ -13,12 +13,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapter_store.errors import StoreError
 from server.api import choices, sse
 from server.api.choices import Choice
 from server.api.generation import Call, Completion, Delta, Generation
 from server.api.schemas import ChatRequest, CompletionRequest
-from server.errors import ApiError, from_store_error
+from server.errors import ApiError
 
 router = APIRouter(prefix="/v1")
 
@@ -65,13 +64,18 @@ async def chat(request: Request, body: ChatRequest) -> Response:
 
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The base and the tenant's adapters."""
+    """The base, and the tenant's adapters and aliases."""
     services = request.app.state.services
     listed = [_model(name, services.started, "medley") for name in services.base_names[:1]]
+    tenant, parent = request.state.tenant, services.base_names[0]
     after = ""
-    while records := await asyncio.to_thread(services.store.records, request.state.tenant, 1000, after):
-        listed += [_model(record.name, record.latest.created, request.state.tenant, services.base_names[0]) for record in records]
+    while records := await asyncio.to_thread(services.store.records, tenant, 1000, after):
+        listed += [_model(record.name, record.latest.created, tenant, parent) for record in records]
         after = records[-1].name
+    after = ""
+    while aliases := await asyncio.to_thread(services.store.aliases, tenant, 1000, after):
+        listed += [_model(alias.name, services.started, tenant, parent) for alias in aliases]
+        after = aliases[-1].name
     return {"object": "list", "data": listed}
 
 
@@ -81,10 +85,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     services = request.app.state.services
     if name in services.base_names:
         return _model(name, services.started, "medley")
-    try:
-        version = await asyncio.to_thread(services.store.resolve, request.state.tenant, name)
-    except StoreError as error:
-        raise from_store_error(error) from error
+    version = await asyncio.to_thread(services.store.resolve, request.state.tenant, name)
     return _model(name, version.created, request.state.tenant, services.base_names[0])
 
 

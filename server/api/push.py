@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,18 +14,16 @@ from pydantic import Field, StringConstraints, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from adapter_store.types import AdapterVersion, Condition
-from adapter_store.errors import IdempotencyKeyReused, StoreError
+from adapter_store.errors import IdempotencyKeyReused
 from adapter_store.manifest import NAME_GRAMMAR, check_name, parse_blob_digest
 from adapter_store.staging import StagedAdapter, Staging
 from adapter_store.store import Store
-from server.adapters.faults import LoweringError
-from server.adapters.turns import TooManyWaiting
+from adapter_store.types import AdapterVersion, Condition
 from server.api.conditions import idempotency_key, write_condition
 from server.api.describe import describe
 from server.api.multipart import MAX_PARTS, receive
 from server.api.schemas import Strict
-from server.errors import ApiError, from_lowering_error, from_store_error, from_turns
+from server.errors import ADAPTER_ERRORS, ApiError
 
 router = APIRouter(prefix="/v1/adapters")
 MAX_MANIFEST_BYTES = 64 << 10
@@ -56,17 +53,12 @@ class Manifest(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What becomes of an upload: the name, the tag that is moved, and under which condition."""
+    """What becomes of an upload: the name, the tag that is moved, under which condition, and the key that makes it happen once."""
 
     name: str
     tag: str
     condition: Condition
     key: str | None
-
-    def fingerprint(self, staged: StagedAdapter) -> str:
-        """The same for the same request, by which a repeated one is told from another under the same key."""
-        parts = [self.name, self.tag, staged.digest, self.condition.match, self.condition.absent]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class InProgress:
@@ -116,15 +108,9 @@ async def push(
             reply = await _push(request, name, tag, condition, key)
         result = "published"
         return reply
-    except StoreError as error:
+    except ADAPTER_ERRORS:
         result = "refused"
-        raise from_store_error(error) from error
-    except LoweringError as error:
-        result = "refused"
-        raise from_lowering_error(error) from error
-    except TooManyWaiting as error:
-        result = "refused"
-        raise from_turns(error) from error
+        raise
     except ClientDisconnect as error:
         result = "aborted"
         raise ApiError("invalid_request", "the upload ended before all of it had arrived") from error
@@ -144,10 +130,10 @@ async def _push(request: Request, name: str | None, tag: str | None, condition: 
             return replay
         with services.lowerer.using(((staged.digest, 1.0),)):
             program = await services.lowerer.ensure(tenant, staged.digest, lambda: nullcontext(staged.paths))
-            version = await asyncio.to_thread(_commit, store, tenant, wanted, staged, program.facts)
+            version, reply = await _commit(store, tenant, wanted, staged, program.facts)
     services.metrics.upload_bytes.inc(version.nbytes)
     request.state.adapter = version.digest
-    return Response(_reply(version, staged), 201, media_type="application/json")
+    return reply
 
 
 async def _receive(request: Request, staging: Staging) -> dict[str, str]:
@@ -184,14 +170,25 @@ async def _replay(store: Store, tenant: str, wanted: Wanted, staged: StagedAdapt
     replay = await asyncio.to_thread(store.replay, tenant, wanted.key)
     if replay is None:
         return None
-    if replay.fingerprint != wanted.fingerprint(staged):
+    if replay.fingerprint != store.fingerprint(wanted.name, staged, wanted.tag):
         raise IdempotencyKeyReused("this Idempotency-Key was used for another request; take a new one")
     return Response(replay.body, replay.status, {"idempotent-replayed": "true"}, media_type="application/json")
 
 
-def _commit(store: Store, tenant: str, wanted: Wanted, staged: StagedAdapter, facts: dict[str, Any]) -> AdapterVersion:
-    return store.commit(tenant, wanted.name, staged, facts, tag=wanted.tag, condition=wanted.condition)
+async def _commit(
+    store: Store, tenant: str, wanted: Wanted, staged: StagedAdapter, facts: dict[str, Any]
+) -> tuple[AdapterVersion, Response]:
+    """The version and the reply: another replica's, if it published under the key meanwhile."""
+    made: list[str] = []
 
+    def reply(version: AdapterVersion) -> tuple[int, str]:
+        made.append(json.dumps({**describe(version), "skipped": list(staged.skipped)}))
+        return 201, made[0]
 
-def _reply(version: AdapterVersion, staged: StagedAdapter) -> str:
-    return json.dumps({**describe(version), "skipped": list(staged.skipped)})
+    keyed: dict[str, Any] = {} if wanted.key is None else {"idempotency_key": wanted.key, "reply": reply}
+    version = await asyncio.to_thread(
+        store.commit, tenant, wanted.name, staged, facts, tag=wanted.tag, condition=wanted.condition, **keyed
+    )
+    if wanted.key is not None and not made and (replay := await _replay(store, tenant, wanted, staged)) is not None:
+        return version, replay
+    return version, Response(made[0] if made else reply(version)[1], 201, media_type="application/json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -9,11 +10,10 @@ from pydantic import StringConstraints
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from adapter_store.types import AdapterRecord
 from adapter_store.store import Store
+from adapter_store.types import AdapterRecord
 from server.api.conditions import quoted, write_condition
 from server.api.schemas import Strict
-from server.api.stored import stored
 
 router = APIRouter(prefix="/v1/adapters/{name}/tags")
 
@@ -28,21 +28,21 @@ class TagBody(Strict):
 async def list_tags(request: Request, name: str) -> JSONResponse:
     """All tags of an adapter."""
     store: Store = request.app.state.services.store
-    return _reply(await stored(store.get, request.state.tenant, name))
+    return _reply(await asyncio.to_thread(store.get, request.state.tenant, name))
 
 
 @router.put("/{tag}")
 async def put(request: Request, name: str, tag: str, body: TagBody) -> JSONResponse:
     """Make a tag name another version, at once."""
     store: Store = request.app.state.services.store
-    return _reply(await stored(store.set_tag, request.state.tenant, name, tag, body.version, write_condition(request)))
+    return _reply(await asyncio.to_thread(store.set_tag, request.state.tenant, name, tag, body.version, write_condition(request)))
 
 
 @router.delete("/{tag}")
 async def remove(request: Request, name: str, tag: str) -> dict[str, Any]:
     """Forget a tag; the version that it names stays."""
     store: Store = request.app.state.services.store
-    await stored(store.remove_tag, request.state.tenant, name, tag, write_condition(request))
+    await asyncio.to_thread(store.remove_tag, request.state.tenant, name, tag, write_condition(request))
     return {"object": "tag.deleted", "name": name, "tag": tag}
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -25,15 +25,18 @@ from server.engine.types import (
     EngineStats,
     FinishReason,
     ProgramEvent,
+    ProgramRef,
     Request,
     RequestError,
     RequestOutput,
 )
-from server.engine.wire import Abort, Add, Drop, Fatal, FromEngine, Ready, Start, Step, ToEngine
+from server.engine.wire import Abort, Add, Drop, Fatal, FromEngine, Load, Pin, Ready, Start, Step, ToEngine, Unpin
 
 BREAKER_CRASHES = 5
 BREAKER_WINDOW_S = 60.0
 STALL_S = 60.0
+PINS_END_WITH = ("pin_limit", "load_failed")
+"""Reasons of events that mean that a program is not pinned any more."""
 _RESTARTING = RequestError("engine_restarting", "the engine process ended and is being restarted; try again")
 
 log = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ class EngineClient:
         self._settings = settings
         self._on_event = on_event
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
+        self._pins: dict[str, ProgramRef] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._context = zmq.asyncio.Context()
@@ -125,13 +129,37 @@ class EngineClient:
                 await self._send(Abort(request.request_id))
 
     async def drop_program(self, program_id: str) -> None:
-        """Free a deleted adapter's memory as soon as nothing uses it."""
-        if self._running:
-            await self._send(Drop(program_id))
+        """Free a deleted adapter's memory as soon as nothing uses it, pinned or not."""
+        self._pins.pop(program_id, None)
+        await self._tell(Drop(program_id))
+
+    async def pin_program(self, program: ProgramRef) -> None:
+        """Bring a program to the device and keep it there, also in a process that is started later. Whether it fits beside the other pins
+        is to be asked of ``pins_fit`` before; what is refused all the same is told by an event with the reason ``pin_limit``."""
+        self._pins[program.program_id] = program
+        await self._tell(Pin(program))
+
+    async def unpin_program(self, program_id: str) -> None:
+        """Let a program be evicted again."""
+        self._pins.pop(program_id, None)
+        await self._tell(Unpin(program_id))
+
+    async def load_program(self, program: ProgramRef) -> None:
+        """Bring a program to where it is quickly at hand, before anybody asks for it."""
+        await self._tell(Load(program))
+
+    def pins_fit(self, sizes: Collection[int]) -> bool:
+        """Whether programs of these sizes (bytes) may be pinned, all of them together."""
+        return self._settings.pins_fit(sizes)
 
     def _retry_after(self) -> float:
         step, rows = self.stats.last_step_seconds, max(self.stats.last_step_rows, 1)
         return min(30.0, max(1.0, step * 64 * self.stats.waiting / rows))
+
+    async def _tell(self, message: ToEngine) -> None:
+        """Send what a process that is being restarted need not hear: it starts with nothing, and gets the pins."""
+        if self._running:
+            await self._send(message)
 
     async def _send(self, message: ToEngine) -> None:
         if self._socket is None:
@@ -157,6 +185,8 @@ class EngineClient:
         self.info = first.info
         self._heard = time.monotonic()
         self._running = True
+        for program in list(self._pins.values()):
+            await self._send(Pin(program))
         return first.info
 
     async def _first_message(self) -> FromEngine | None:
@@ -216,6 +246,8 @@ class EngineClient:
             if message.stats is not None:
                 self.stats = message.stats
             for event in message.events:
+                if event.reason in PINS_END_WITH:
+                    self._pins.pop(event.program_id, None)
                 self._on_event(event)
             for output in message.outputs:
                 stream = self._streams.get(output.request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,19 +24,24 @@ class EncoderEngine(Lifecycle[Whole, tuple[EncoderBatch, list[Pooled | None]]]):
     """A step takes as many waiting sequences as fit into ``max_batch_tokens``, at least one, and all of them end with it."""
 
     def __init__(
-        self, settings: EngineSettings, *, wake: Callable[[], None] = lambda: None, kernel: Kernel | None = None
+        self,
+        settings: EngineSettings,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        kernel: Kernel | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(settings, wake=wake, kernel=kernel)
+        super().__init__(settings, wake=wake, kernel=kernel, clock=clock)
         self._max_batch_tokens = settings.max_batch_tokens
         self._max_running = settings.max_running
         self._queue = FairQueue()
-        self._is_stuck = False
         self._runner = EncoderRunner(self._base, self.bank, kernel=self._kernel)
 
     @property
     def has_runnable(self) -> bool:
-        """Whether ``step`` has something to do now. Sequences that only wait for a program do not count: ``wake`` tells of those."""
-        return bool(self._outputs) or (len(self._queue) > 0 and not (self._is_stuck and self.loader.is_loading))
+        """Whether ``step`` has something to do now. Sequences that wait for a program or for its room do not count: ``wake`` tells of loads,
+        and to look at the rest a few times a second is enough."""
+        return bool(self._outputs) or (len(self._queue) > 0 and not self._is_stuck)
 
     def stats(self) -> EngineStats:
         """A snapshot between two steps."""
@@ -68,7 +74,6 @@ class EncoderEngine(Lifecycle[Whole, tuple[EncoderBatch, list[Pooled | None]]]):
             sequence.state = SequenceState.RUNNING
             chosen.append(Whole(sequence, self.bank.resident(sequence.slot).prologue if sequence.slot else _NO_PROLOGUE))
             budget -= sequence.num_rows
-        self._is_stuck = not chosen
         return chosen
 
     def _compute(self, work: list[Whole]) -> tuple[EncoderBatch, list[Pooled | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,9 +27,14 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
     """The engine of decoders: K/V blocks and a scheduler over them."""
 
     def __init__(
-        self, settings: EngineSettings, *, wake: Callable[[], None] = lambda: None, kernel: Kernel | None = None
+        self,
+        settings: EngineSettings,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        kernel: Kernel | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(settings, wake=wake, kernel=kernel)
+        super().__init__(settings, wake=wake, kernel=kernel, clock=clock)
         base = self._base
         num_blocks = _num_blocks(settings, base, self.info.max_model_len)
         capacity = (num_blocks - 1) * settings.block_size
@@ -59,8 +65,9 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
 
     @property
     def has_runnable(self) -> bool:
-        """Whether ``step`` has something to do now. Sequences that only wait for a program do not count: ``wake`` tells of those."""
-        return bool(self._outputs or self.scheduler.running) or (self.scheduler.has_work and not self.loader.is_loading)
+        """Whether ``step`` has something to do now. Sequences that wait for a program or for its room do not count: ``wake`` tells of loads,
+        and to look at the rest a few times a second is enough."""
+        return bool(self._outputs or self.scheduler.running) or (self.scheduler.has_work and not self._is_stuck)
 
     def stats(self) -> EngineStats:
         """A snapshot between two steps."""

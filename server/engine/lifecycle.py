@@ -18,6 +18,7 @@ import torch
 
 from server.adapters.bank import Bank
 from server.adapters.kernels import Kernel, load_native
+from server.engine.host_tier import HostTier
 from server.engine.loader import Loader
 from server.engine.model import DTYPES, BaseModel, load_base
 from server.engine.pooling import Pooled, classification, embedding, pooled_rows
@@ -29,6 +30,7 @@ from server.engine.types import (
     EngineStats,
     FinishReason,
     ProgramEvent,
+    ProgramRef,
     Request,
     RequestError,
     RequestOutput,
@@ -56,25 +58,39 @@ class Lifecycle(ABC, Generic[W, R]):
     """Owns the device: the base model and the bank, the programs and the requests of one engine. A step runs work W, which gives an R.
 
     ``wake`` is called from another thread when a load ends. ``kernel`` forces one low-rank kernel, for tests that compare the fast ones
-    with the reference.
+    with the reference; ``clock`` (seconds) is what programs count as recently used by.
     """
 
     def __init__(
-        self, settings: EngineSettings, *, wake: Callable[[], None] = lambda: None, kernel: Kernel | None = None
+        self,
+        settings: EngineSettings,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        kernel: Kernel | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
         base = load_base(Path(settings.model_dir), settings.base_digest, settings.dtype, settings.device)
         self.info = _describe(settings, base)
-        self.bank = Bank(base.spec, capacity_bytes=settings.bank_bytes, max_slots=settings.max_slots, dtype=dtype, device=device)
-        self.loader = Loader(host_bytes=settings.host_bytes, wake=wake)
+        self.bank = Bank(
+            base.spec,
+            capacity_bytes=settings.bank_bytes,
+            max_slots=settings.max_slots,
+            dtype=dtype,
+            device=device,
+            clock=clock,
+        )
+        self.host = HostTier(settings.host_bytes, clock=clock)
+        self.loader = Loader(pin_memory=device.type == "cuda", wake=wake)
         self._counters: Counter[str] = Counter()
-        self._programs = Programs(self.bank, self.loader, self._counters)
+        self._programs = Programs(self.bank, self.host, self.loader, self._counters, pins_fit=settings.pins_fit, clock=clock)
         self._sequences: dict[str, Sequence] = {}
         self._outputs: list[RequestOutput] = []
         self._order = 0
         self._last_step = (0.0, 0, 0)
+        self._is_stuck = False
         self._device = device
         self._base = base
         self._kernel = _load_kernel(settings, kernel)
@@ -93,7 +109,7 @@ class Lifecycle(ABC, Generic[W, R]):
         self._order += 1
         sequence = Sequence(request, self._order)
         self._sequences[request.request_id] = sequence
-        if self._programs.prepare(sequence):
+        if self._programs.enter(sequence):
             self._ready(sequence)
 
     def abort(self, request_id: str) -> None:
@@ -112,6 +128,7 @@ class Lifecycle(ABC, Generic[W, R]):
             self._run(work)
             self._last_step = (time.monotonic() - started, len(work), adapters)
             self._counters["steps"] += 1
+        self._is_stuck = not work and not self._programs.has_deferred
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -121,7 +138,9 @@ class Lifecycle(ABC, Generic[W, R]):
             waiting_for_adapter=self._programs.num_waiting,
             bank_bytes_total=self.bank.capacity_bytes,
             bank_bytes_used=self.bank.used_bytes,
-            host_bytes_used=self.loader.used_bytes,
+            bank_bytes_pinned=self.bank.permanent_bytes,
+            host_bytes_total=self.host.capacity_bytes,
+            host_bytes_used=self.host.used_bytes,
             slots_total=self.bank.max_slots,
             slots_used=self.bank.num_slots_used,
             slots_pinned=self.bank.num_slots_pinned,
@@ -132,8 +151,20 @@ class Lifecycle(ABC, Generic[W, R]):
         )
 
     def drop_program(self, program_id: str) -> None:
-        """Free a program's memory as soon as no sequence uses it."""
+        """Free a program's memory, on the device and in the host, as soon as no request uses it."""
         self._programs.drop(program_id)
+
+    def pin_program(self, program: ProgramRef) -> None:
+        """Bring a program to the device and keep it there; an event with the reason ``pin_limit`` says that it is not pinned."""
+        self._programs.pin_program(program)
+
+    def unpin_program(self, program_id: str) -> None:
+        """The program is one among others again."""
+        self._programs.unpin_program(program_id)
+
+    def load_program(self, program: ProgramRef) -> None:
+        """Bring a program to the host, and to the device if that takes nothing from anybody's share."""
+        self._programs.load_program(program)
 
     def take_events(self) -> list[ProgramEvent]:
         """Program state changes since the last call."""
@@ -191,10 +222,12 @@ class Lifecycle(ABC, Generic[W, R]):
         sequence.pooling = self._pooling(sequence)
         problem = self._misfit(sequence)
         if problem is None:
+            self._is_stuck = False
             self._enqueue(sequence)
             return
-        # It is not queued yet, so that there is nothing to give back.
+        # It is not queued yet, so that there is nothing else to give back.
         del self._sequences[sequence.request.request_id]
+        self._programs.leave(sequence)
         self._outputs.append(failed(sequence.request.request_id, problem))
 
     def _pooling(self, sequence: Sequence) -> str:
@@ -262,8 +295,8 @@ class Lifecycle(ABC, Generic[W, R]):
 
     def _end(self, sequence: Sequence, output: RequestOutput) -> None:
         del self._sequences[sequence.request.request_id]
-        self._programs.leave(sequence)
         self._dequeue(sequence)
+        self._programs.leave(sequence)
         self._outputs.append(output)
 
 

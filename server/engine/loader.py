@@ -1,21 +1,17 @@
-"""Bringing programs into host memory, off the step loop. Knows files and bytes, not sequences.
+"""Bringing programs into host memory, off the step loop. Knows files, not sequences, and not what is done with a program.
 
-One file is read once, however many ask for it; what is read is kept, the least recently used going first when the byte budget is
-exceeded.
+One file is read once, however many ask for it meanwhile.
 """
 
 from __future__ import annotations
 
+import os
 import queue
-import struct
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from server.adapters.packed import PackedProgram
 from server.adapters.program_file import read_program
@@ -33,52 +29,47 @@ class Loaded:
 
 
 class Loader:
-    """Single-flight loads on threads of their own, and the host tier that they fill.
+    """Single-flight loads on threads of their own.
 
-    ``wake`` is called from a loader thread when a load ends, so that a sleeping engine looks at ``finished``.
+    ``wake`` is called from a loader thread when a load ends, so that a sleeping engine looks at ``finished``. ``pin_memory``: into memory
+    that a device copies from.
     """
 
-    def __init__(self, *, host_bytes: int, threads: int = 2, wake: Callable[[], None] = lambda: None) -> None:
-        self._host_bytes = host_bytes
+    def __init__(self, *, threads: int = 2, pin_memory: bool = False, wake: Callable[[], None] = lambda: None) -> None:
         self._wake = wake
+        self._pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="program-loader")
         self._loading: set[str] = set()
         self._finished: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
-        self._host: OrderedDict[str, PackedProgram] = OrderedDict()
-        self.used_bytes = 0
-
-    @property
-    def is_loading(self) -> bool:
-        return bool(self._loading)
 
     @property
     def is_waiting(self) -> bool:
         """Whether loads are under way and none of them has ended since ``finished`` was last called."""
-        return self.is_loading and self._finished.empty()
+        return bool(self._loading) and self._finished.empty()
 
-    def get(self, program_id: str) -> PackedProgram | None:
-        """A program of the host tier, or None."""
-        program = self._host.get(program_id)
-        if program is not None:
-            self._host.move_to_end(program_id)
-        return program
+    def is_loading(self, program_id: str) -> bool:
+        """Whether a load is under way, or has ended and ``finished`` has not told of it."""
+        return program_id in self._loading
 
-    def request(self, ref: ProgramRef) -> bool:
-        """Start loading unless that is under way. True when this call started it."""
-        if ref.program_id in self._loading:
-            return False
-        self._loading.add(ref.program_id)
-        self._pool.submit(self._load, ref)
-        return True
+    def size(self, ref: ProgramRef) -> int:
+        """The bytes that a load takes in the host. 0 for a file that is not there: the load will fail, and say so."""
+        try:
+            return os.stat(ref.path).st_size
+        except OSError:
+            return 0
+
+    def request(self, ref: ProgramRef) -> None:
+        """Start loading unless that is under way."""
+        if ref.program_id not in self._loading:
+            self._loading.add(ref.program_id)
+            self._pool.submit(self._load, ref)
 
     def finished(self) -> list[Loaded]:
-        """Loads that ended since the last call. Their programs are in the host tier now."""
+        """Loads that ended since the last call."""
         ended = []
         while not self._finished.empty():
             loaded = self._finished.get()
             self._loading.discard(loaded.program_id)
-            if loaded.program is not None:
-                self._keep(loaded.program)
             ended.append(loaded)
         return ended
 
@@ -89,20 +80,12 @@ class Loader:
         started = time.monotonic()
         program: PackedProgram | None = None
         try:
-            found, problem = read_program(Path(ref.path)), ""
+            found, problem = read_program(Path(ref.path), pin_memory=self._pin_memory), ""
             if found.program_id == ref.program_id:
                 program = found
             else:
                 problem = f"the file holds program {found.program_id[:12]}"
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
+        except (OSError, ValueError, MemoryError, RuntimeError) as error:
             problem = f"{type(error).__name__}: {error}"
         self._finished.put(Loaded(ref.program_id, program, time.monotonic() - started, problem))
         self._wake()
-
-    def _keep(self, program: PackedProgram) -> None:
-        self._host[program.program_id] = program
-        self.used_bytes += program.nbytes
-        # The newest stays even when it alone is over the budget: somebody waits for it.
-        while self.used_bytes > self._host_bytes and len(self._host) > 1:
-            _, dropped = self._host.popitem(last=False)
-            self.used_bytes -= dropped.nbytes

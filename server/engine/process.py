@@ -17,7 +17,7 @@ import zmq
 from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
 from server.engine.model import is_encoder
-from server.engine.wire import Abort, Add, Drop, Fatal, FromEngine, Ready, Start, Step, ToEngine
+from server.engine.wire import Abort, Add, Drop, Fatal, FromEngine, Load, Pin, Ready, Start, Step, ToEngine, Unpin
 
 STATS_INTERVAL_S = 0.25
 
@@ -96,6 +96,12 @@ def _serve(engine: Engine | EncoderEngine, channel: _Channel) -> None:
                     engine.abort(request_id)
                 case Drop(program_id):
                     engine.drop_program(program_id)
+                case Pin(program):
+                    engine.pin_program(program)
+                case Unpin(program_id):
+                    engine.unpin_program(program_id)
+                case Load(program):
+                    engine.load_program(program)
         outputs = engine.step()
         events = engine.take_events()
         now = time.monotonic()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+_PINNED_SHARE = 2
+"""Explicit pins take at most one part in so many of the bank: the rest is what everybody else lives on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,7 +14,7 @@ class EngineSettings:
     """Sizes are bytes unless named otherwise; ``max_model_len`` None takes the model's own limit.
 
     ``max_batch_tokens`` bounds the tokens of one step, ``max_running`` the sequences in it, ``max_waiting`` the queue before
-    it. ``bank_bytes`` bounds resident programs on the device, ``host_bytes`` those kept ready in host memory.
+    it. ``bank_bytes`` bounds resident programs on the device and ``max_slots`` their number, ``host_bytes`` those kept ready in host memory.
     ``threads`` 0 leaves the choice to PyTorch. ``kernel_dir`` keeps compiled kernels; empty: none are built.
     """
 
@@ -27,7 +31,11 @@ class EngineSettings:
     max_waiting: int = 1024
     bank_bytes: int = 1 << 30
     host_bytes: int = 1 << 30
-    max_slots: int = 256
+    max_slots: int = 1024
     threads: int = 0
     prefix_caching: bool = True
     kernel_dir: str = ""
+
+    def pins_fit(self, sizes: Collection[int]) -> bool:
+        """Whether programs of these sizes (bytes) may be pinned explicitly, all of them together."""
+        return sum(sizes) <= self.bank_bytes // _PINNED_SHARE and len(sizes) <= self.max_slots // _PINNED_SHARE

@@ -145,7 +145,11 @@ class ProgramState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProgramEvent:
-    """A program changed state. ``seconds`` is the time that the change took, where it took any."""
+    """A program changed state. ``seconds`` is the time that the change took, where it took any, and ``nbytes`` what it takes there.
+
+    ``reason``: ``evicted`` for want of room, ``dropped``, ``load_failed``, or ``pin_limit``: the state is as before, and the program is not
+    pinned.
+    """
 
     program_id: str
     state: ProgramState
@@ -166,12 +170,16 @@ class EngineStats:
     kv_blocks_cached: int = 0
     bank_bytes_total: int = 0
     bank_bytes_used: int = 0
+    bank_bytes_pinned: int = 0
+    host_bytes_total: int = 0
     host_bytes_used: int = 0
     slots_total: int = 0
     slots_used: int = 0
     slots_pinned: int = 0
     counters: dict[str, int] = field(default_factory=dict)
-    """steps, preemptions, prompt_tokens, cached_tokens, generated_tokens, evictions, loads, failed_rows."""
+    """steps, preemptions, prompt_tokens, cached_tokens, generated_tokens, failed_rows; resident_hits, host_hits and disk_hits: requests by
+    where their program was when they came; loads (disk → host), admissions (host → device), evictions from the device and host_evictions,
+    drops."""
     last_step_seconds: float = 0.0
     last_step_rows: int = 0
     last_step_adapters: int = 0

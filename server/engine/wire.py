@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from server.engine.settings import EngineSettings
-from server.engine.types import EngineInfo, EngineStats, ProgramEvent, Request, RequestOutput
+from server.engine.types import EngineInfo, EngineStats, ProgramEvent, ProgramRef, Request, RequestOutput
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -27,6 +27,22 @@ class Drop(msgspec.Struct, tag=True, frozen=True):
     program_id: str
 
 
+class Pin(msgspec.Struct, tag=True, frozen=True):
+    """Keep a program on the device. Refused by an event with the reason ``pin_limit``."""
+
+    program: ProgramRef
+
+
+class Unpin(msgspec.Struct, tag=True, frozen=True):
+    program_id: str
+
+
+class Load(msgspec.Struct, tag=True, frozen=True):
+    """Bring a program to where it is quickly at hand, though nobody has asked for it yet."""
+
+    program: ProgramRef
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     info: EngineInfo
 
@@ -45,5 +61,5 @@ class Fatal(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToEngine = Add | Abort | Drop
+ToEngine = Add | Abort | Drop | Pin | Unpin | Load
 FromEngine = Ready | Step | Fatal

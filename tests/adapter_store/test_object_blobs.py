@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 import time
@@ -19,7 +20,7 @@ from obstore.store import MemoryStore
 
 from adapter_store.blob_cache import BlobCache
 from adapter_store.breaker import Breaker
-from adapter_store.errors import BlobCorrupt, StorageFull, StoreUnavailable
+from adapter_store.errors import BlobCorrupt, StorageFull, StoreError, StoreUnavailable
 from adapter_store.object_blobs import ObjectBlobs
 from tests.seaweed import BUCKET, Seaweed
 
@@ -93,7 +94,7 @@ def test_a_failed_download_fails_everybody_who_waits_and_is_tried_again(tmp_path
         assert all(pool.map(refused, range(16)))
     assert downloads.calls <= 3
     downloads.error = None
-    assert get(make(tmp_path, store=blobs._reads), tmp_path, sha256) == b"hello"
+    assert get(make(tmp_path, store=blobs._quick), tmp_path, sha256) == b"hello"
 
 
 def test_a_copy_is_checked_once_in_a_process(tmp_path: Path, downloads: Counted) -> None:
@@ -149,11 +150,11 @@ def test_a_blob_over_the_budget_is_served_all_the_same(tmp_path: Path, downloads
 def test_a_damaged_object_is_not_served(tmp_path: Path) -> None:
     blobs = make(tmp_path)
     sha256 = put(blobs, tmp_path, b"hello")
-    obstore.put(blobs._reads, f"sha256/{sha256[:2]}/{sha256}", b"jello")
+    obstore.put(blobs._quick, f"sha256/{sha256[:2]}/{sha256}", b"jello")
     with pytest.raises(BlobCorrupt):
         get(blobs, tmp_path, sha256)
     assert copies(tmp_path) == set()
-    assert blobs.clear(0) == 0
+    assert blobs.clear(math.inf) == 0
 
 
 def test_a_missing_object_is_an_answer_and_keeps_the_breaker_open_for_all(tmp_path: Path) -> None:
@@ -294,3 +295,9 @@ def test_plain_http_is_spoken_only_where_the_endpoint_says_so(
     monkeypatch.setenv("AWS_ENDPOINT_URL", seaweed.environment["AWS_ENDPOINT_URL"].replace("http:", "https:"))
     with pytest.raises(StoreUnavailable):
         put(ObjectBlobs.from_url(remote, BlobCache(tmp_path / "cache", 1 << 20)), tmp_path, b"hello")
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "/directory", "https://bucket.example.com/x"])
+def test_other_urls_are_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(StoreError, match="s3://bucket/prefix"):
+        ObjectBlobs.from_url(url, BlobCache(tmp_path / "cache", 1 << 20))

@@ -90,7 +90,7 @@ def test_packed_equals_the_reference_of_each(kernel: Kernel | None, batch: list[
             program = Program()
             for item in edits:
                 program.add(SITE, item)
-            resident, _ = bank.admit(pack_program(program, program_id=str(index)))
+            resident = bank.admit(pack_program(program, program_id=str(index))).resident
             assert resident is not None
             slot = resident.slot
         runs.append((slot, row, row + count))
@@ -130,7 +130,7 @@ def test_a_fusion_attends_over_its_children_beside_other_programs() -> None:
     bank = Bank(SPEC, capacity_bytes=1 << 20, max_slots=4, dtype=torch.float64, device=torch.device("cpu"))
     slots = []
     for name, program in (("fused", fused), ("plain", plain)):
-        resident, _ = bank.admit(pack_program(program, program_id=name))
+        resident = bank.admit(pack_program(program, program_id=name)).resident
         assert resident is not None
         slots.append(resident.slot)
     s, residual = r(4, HIDDEN), r(4, HIDDEN)
@@ -152,7 +152,7 @@ def test_the_native_kernel_activates_as_pytorch_does(activation: str, tmp_path_f
     item = BottleneckEdit(Placement(activation), torch.randn(5, HIDDEN), torch.randn(5, HIDDEN), torch.randn(5))
     program.add(SITE, item)
     bank = Bank(spec, capacity_bytes=1 << 20, max_slots=4, dtype=torch.float32, device=torch.device("cpu"))
-    resident, _ = bank.admit(pack_program(program, program_id="p"))
+    resident = bank.admit(pack_program(program, program_id="p")).resident
     assert resident is not None
     s = torch.randn(3, HIDDEN)
     work = sublayer_work(StepEdits(bank, [(resident.slot, 0, 3)], native), SITE, HIDDEN)

@@ -69,7 +69,7 @@ class Stand:
     @torch.inference_mode()
     def output(self, site: str, program: Program, inputs: Tensor) -> Tensor:
         """What a site makes of its inputs when all rows are the program's."""
-        resident, _ = self._bank.admit(pack_program(program, program_id="p"))
+        resident = self._bank.admit(pack_program(program, program_id="p")).resident
         assert resident is not None
         self._state.edits = self._state.head_edits = StepEdits(self._bank, [(resident.slot, 0, ROWS)])
         found: Tensor = self._model.get_submodule(site)(inputs)

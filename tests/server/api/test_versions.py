@@ -91,7 +91,10 @@ def test_tags_move_and_roll_back(http: httpx.Client, adapters: list[Path], texts
     assert code(http.delete("/v1/adapters/bot@v3")) == (409, "version_in_use")
     assert http.delete("/v1/adapters/bot/tags/next").status_code == 200
     assert http.delete("/v1/adapters/bot@v3").status_code == 200
-    assert code(http.post("/generate", json={"inputs": "x", "parameters": {"adapter_id": "bot@next"}})) == (404, "adapter_not_found")
+    assert code(http.post("/generate", json={"inputs": "x", "parameters": {"adapter_id": "bot@next"}})) == (
+        404,
+        "adapter_not_found",
+    )
     for tag, version, expected in (
         ("latest", "v9", (404, "adapter_not_found")),
         ("v1", "v1", (400, "invalid_adapter_name")),

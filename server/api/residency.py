@@ -1,0 +1,52 @@
+"""Bringing adapters to memory before they are asked for, and keeping them there."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from adapter_store.store import Store
+from server.api.describe import describe
+from server.api.explain import explain
+from server.pins import program_ref
+
+router = APIRouter(prefix="/v1/adapters/{reference}")
+
+
+@router.post("/load", status_code=202)
+async def load(request: Request, reference: str) -> dict[str, Any]:
+    """Begin to load a version; the reply does not wait for it. An adapter in quarantine gets another chance."""
+    services, tenant = request.app.state.services, request.state.tenant
+    store: Store = services.store
+    version = await asyncio.to_thread(store.resolve, tenant, reference)
+    with services.lowerer.using(((version.digest, 1.0),)):
+        program = await services.lowerer.ensure(tenant, version.digest, partial(store.checkout, version))
+        services.quarantine.release(tenant, version.digest)
+        await services.engine.load_program(program_ref(program))
+    return {**describe(version), **await explain(request, version)}
+
+
+@router.post("/pin")
+async def pin(request: Request, reference: str) -> dict[str, Any]:
+    """Keep a version on the device. It is that version that stays, whatever the name means later."""
+    services = request.app.state.services
+    store: Store = services.store
+    version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
+    await services.pins.pin(version)
+    await services.replica.tell_pins()
+    return {**describe(version), **await explain(request, version)}
+
+
+@router.delete("/pin")
+async def unpin(request: Request, reference: str) -> dict[str, Any]:
+    """Let a version go like any other."""
+    services = request.app.state.services
+    store: Store = services.store
+    version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
+    await services.pins.unpin(version)
+    await services.replica.tell_pins()
+    return {**describe(version), **await explain(request, version)}
