@@ -39,7 +39,7 @@ def lora(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def large(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of several pieces."""
-    variant = Variant("large", {"r": 9000})
+    variant = Variant("large", {"r": 4096}, with_head=True)
     return make_adapter(variant, "llama", tiny_models("llama"), tmp_path_factory.mktemp("a") / "large", scale=0.01)
 
 
@@ -72,7 +72,7 @@ def test_the_same_bytes_are_not_sent_again(live: Live, lora: Path, through: Prox
 
 def test_a_killed_push_resumes_in_another_process(live: Live, large: Path, through: Proxy) -> None:
     size = weights(large)
-    assert size > 3 * PIECE
+    assert size > 2 * PIECE
     environment = {**os.environ, "MEDLEY_URL": through.url, "MEDLEY_API_KEY": live.keys["acme"]}
     command = [sys.executable, "-m", "medley_client.cli", "push", str(large), "--json"]
     killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
