@@ -10,18 +10,10 @@ from pathlib import Path
 import pytest
 
 from medley_client import ApiError, AsyncMedley, Medley
-from medley_client.cli import main
+from tests.clients.conftest import Command
 from tests.conftest import TinyModels
-from tests.live import Live, live_server
+from tests.live import Live
 from tests.parity.variants import VARIANTS, make_adapter
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def live(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(tiny_models("llama"), tmp_path_factory.mktemp("live")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -36,32 +28,11 @@ def versions(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def client(live: Live, versions: list[Path]) -> Iterator[Medley]:
-    """A client, with an adapter ``bot`` of two versions, and nothing else."""
+    """A client, with an adapter ``bot`` of two versions on the server."""
     with live.client() as client:
         for path in versions[:2]:
             client.adapters.push(path, "bot")
         yield client
-        for alias in client.aliases.list():
-            client.aliases.delete(alias.name)
-        for adapter in client.adapters.list():
-            for tag in set(adapter.tags) - {"latest"}:
-                client.adapters.untag(adapter.name, tag)
-            client.adapters.unpin(adapter.name)
-            client.adapters.delete(adapter.name)
-
-
-@pytest.fixture
-def command(live: Live, client: Medley, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    monkeypatch.setenv("MEDLEY_URL", live.url)
-    monkeypatch.setenv("MEDLEY_API_KEY", live.keys["acme"])
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        status = main(arguments)
-        shown = capsys.readouterr()
-        return status, shown.out, shown.err
-
-    return run
 
 
 def said(client: Medley, adapter: str, user: str | None = None) -> str:
@@ -155,6 +126,7 @@ def test_the_async_twin(client: Medley, live: Live) -> None:
     asyncio.run(use())
 
 
+@pytest.mark.usefixtures("client")
 def test_names_on_the_command_line(command: Command, versions: list[Path]) -> None:
     assert command("tag", "bot@v1", "stable")[:2] == (0, "bot@stable is v1\n")
     assert command("rollback", "bot")[:2] == (0, "bot is v1 now\n")
@@ -177,6 +149,7 @@ def test_names_on_the_command_line(command: Command, versions: list[Path]) -> No
     assert command("untag", "bot", "candidate")[0] == 0
 
 
+@pytest.mark.usefixtures("client")
 def test_aliases_on_the_command_line(command: Command) -> None:
     assert "no aliases yet" in command("aliases")[1]
     assert command("alias", "support", "bot@v1:90", "bot@v2:10")[:2] == (0, "support is bot@v1 90%, bot@v2 10%\n")
@@ -191,6 +164,7 @@ def test_aliases_on_the_command_line(command: Command) -> None:
     assert command("alias", "support", "--rm")[:2] == (0, "there is no alias support any more\n")
 
 
+@pytest.mark.usefixtures("client")
 def test_pull_load_and_pin_on_the_command_line(
     command: Command, versions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,32 +15,12 @@ import pytest
 from medley_client import ApiError, AsyncMedley, Medley, MedleyError
 from medley_client.push import PIECE
 from tests.clients.proxy import Proxy, proxy
-from tests.conftest import TinyModels
-from tests.live import Live, live_server
+from tests.live import Live
 from tests.parity.golden import GOLDEN
-from tests.parity.variants import VARIANTS, Variant, make_adapter
 
 CASES = GOLDEN / "cases"
 REQUESTS = 8 << 10
 """More bytes than a push without content sends."""
-
-
-@pytest.fixture(scope="module")
-def live(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(tiny_models("llama"), tmp_path_factory.mktemp("live")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def lora(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(VARIANTS[0], "llama", tiny_models("llama"), tmp_path_factory.mktemp("a") / "bot")
-
-
-@pytest.fixture(scope="module")
-def large(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of several pieces."""
-    variant = Variant("large", {"r": 4096}, with_head=True)
-    return make_adapter(variant, "llama", tiny_models("llama"), tmp_path_factory.mktemp("a") / "large", scale=0.01)
 
 
 @pytest.fixture
@@ -55,19 +35,19 @@ def weights(directory: Path) -> int:
     return (directory / "adapter_model.safetensors").stat().st_size
 
 
-def test_the_same_bytes_are_not_sent_again(live: Live, lora: Path, through: Proxy) -> None:
+def test_the_same_bytes_are_not_sent_again(live: Live, adapter: Path, through: Proxy) -> None:
     with Medley(through.url, live.keys["acme"]) as client:
-        first = client.adapters.push(lora, "bot")
-        assert through.sent > weights(lora)
+        first = client.adapters.push(adapter, "bot")
+        assert through.sent > weights(adapter)
         before = through.sent
-        assert client.adapters.push(lora, "bot") == first
-        other_name = client.adapters.push(lora, "bot-two")
+        assert client.adapters.push(adapter, "bot") == first
+        other_name = client.adapters.push(adapter, "bot-two")
         assert through.sent - before < REQUESTS
         assert other_name.digest == first.digest
     with Medley(through.url, live.keys["globex"]) as client:
         before = through.sent
-        client.adapters.push(lora, "bot")
-        assert through.sent - before > weights(lora), "what others have is nobody's business"
+        client.adapters.push(adapter, "bot")
+        assert through.sent - before > weights(adapter), "what others have is nobody's business"
 
 
 def test_a_killed_push_resumes_in_another_process(live: Live, large: Path, through: Proxy) -> None:
@@ -83,7 +63,6 @@ def test_a_killed_push_resumes_in_another_process(live: Live, large: Path, throu
     assert through.sent - before <= size / 2 + PIECE
     with live.client() as client:
         assert client.adapters.show("large").files[1].nbytes == size
-        client.adapters.delete("large")
 
 
 def test_a_broken_connection_costs_less_than_a_piece(live: Live, large: Path, through: Proxy) -> None:
@@ -92,12 +71,11 @@ def test_a_broken_connection_costs_less_than_a_piece(live: Live, large: Path, th
         through.at(size // 2, through.cut)
         client.adapters.push(large, "large")
         assert size < through.sent < size + PIECE
-        client.adapters.delete("large")
 
 
 @pytest.mark.parametrize("case", ["lora", "double_seq_bn", "fusion"])
-def test_a_pull_gives_back_what_was_pushed(case: str, live: Live, lora: Path, tmp_path: Path) -> None:
-    source = lora if case == "lora" else CASES / f"llama-{case}"
+def test_a_pull_gives_back_what_was_pushed(case: str, live: Live, adapter: Path, tmp_path: Path) -> None:
+    source = adapter if case == "lora" else CASES / f"llama-{case}"
     name = case.replace("_", "-")
     children = sorted((source / "children").glob("*"))
     with live.client() as client:
@@ -111,19 +89,18 @@ def test_a_pull_gives_back_what_was_pushed(case: str, live: Live, lora: Path, tm
             assert (tmp_path / name / file.name).read_bytes() == uploaded.read_bytes()
         assert len({file.name.partition("/")[0] for file in pulled.files if "/" in file.name}) == len(children)
         assert client.adapters.push(tmp_path / name, name).version == "v1"
-        client.adapters.delete(name)
 
 
-def test_a_pull_refuses_to_replace_other_content(live: Live, lora: Path, tmp_path: Path) -> None:
+def test_a_pull_refuses_to_replace_other_content(live: Live, adapter: Path, tmp_path: Path) -> None:
     with live.client() as client:
-        client.adapters.push(lora, "kept")
+        client.adapters.push(adapter, "kept")
         client.adapters.pull("kept", tmp_path)
         config = tmp_path / "adapter_config.json"
         config.write_bytes(b"{}")
         with pytest.raises(MedleyError, match=r"other content in adapter_config\.json"):
             client.adapters.pull("kept", tmp_path)
         client.adapters.pull("kept", tmp_path, overwrite=True)
-        assert config.read_bytes() == (lora / "adapter_config.json").read_bytes()
+        assert config.read_bytes() == (adapter / "adapter_config.json").read_bytes()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
         client.adapters.delete("kept")
         with pytest.raises(ApiError, match="kept"):
@@ -137,7 +114,6 @@ def test_the_async_twin_pushes_and_pulls(live: Live, large: Path, through: Proxy
             await client.adapters.push(large, "async")
             pulled = await client.adapters.pull("async", tmp_path / "pulled")
             assert [file.name for file in pulled.files] == ["adapter_config.json", "adapter_model.safetensors"]
-            await client.adapters.delete("async")
 
     asyncio.run(use())
     for name in ("adapter_config.json", "adapter_model.safetensors"):
