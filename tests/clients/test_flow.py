@@ -174,8 +174,20 @@ def test_a_connection_that_keeps_breaking_is_given_up(adapter: Path) -> None:
         play(push(Push(adapter, "bot")), KNOWN, UNKNOWN, BEGUN, ConnectionBroke("broke"), *[CannotConnect("nobody")] * 5)
 
 
-@pytest.mark.parametrize("outcomes", [[refusal(404)], [BEGUN, refusal(404, "upload_not_found"), UNKNOWN]])
-def test_another_replica_gets_one_request(adapter: Path, outcomes: list[Reply]) -> None:
+def test_a_file_that_changed_meanwhile_leaves_nothing_behind(adapter: Path, tmp_path: Path) -> None:
+    uploads = RememberedUploads("http://a", tmp_path / "cache")
+    wrong = [at(WEIGHTS_BYTES), refusal(422, "digest_mismatch"), reply({})]
+    with pytest.raises(ApiError) as caught:
+        play(push(Push(adapter, "bot", uploads=uploads)), KNOWN, UNKNOWN, BEGUN, *wrong)
+    assert caught.value.code == "digest_mismatch"
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [[refusal(404)], [refusal(429, "too_many_uploads")], [BEGUN, refusal(404, "upload_not_found"), UNKNOWN]],
+)
+def test_what_cannot_be_sent_in_pieces_is_one_request(adapter: Path, outcomes: list[Reply]) -> None:
     _, calls = play(push(Push(adapter, "bot", tag="beta")), KNOWN, UNKNOWN, *outcomes, PUSHED)
     assert calls[-1].body is not None
     body = b"".join(calls[-1].body)

@@ -1,6 +1,7 @@
 """Pushing an adapter: its files as blobs that the server lacks, in pieces that survive a broken connection, then a manifest that names them.
 
-Archives, and servers that lose sight of an upload (another replica answers), get one multipart request.
+Archives are one multipart request, and so is everything where uploads in pieces do not work out: another replica answers, which does not know
+the upload, or too many have been left unfinished.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def push(wanted: Push) -> Flow[PushedAdapter]:
     try:
         return (yield from _push_blobs(wanted, files, headers))
     except ApiError as error:
-        if error.status != HTTPStatus.NOT_FOUND:
+        if error.status != HTTPStatus.NOT_FOUND and error.code != "too_many_uploads":
             raise
     return (yield from _push_whole(wanted, files, headers))
 
@@ -99,12 +100,15 @@ def _upload(file: File, digest: str, uploads: RememberedUploads | None, report: 
     if file.nbytes <= PIECE:
         uploads = None  # It arrives at once or not at all: there is nothing to go on from.
     upload, offset = yield from _begin(digest, uploads)
+    path = f"{_UPLOADS}/{upload}"
     try:
-        yield from _send_pieces(file, digest, f"{_UPLOADS}/{upload}", offset, report)
+        yield from _send_pieces(file, digest, path, offset, report)
     except ApiError as error:
-        is_gone = error.status == HTTPStatus.NOT_FOUND
-        if uploads and (is_gone or error.status == HTTPStatus.UNPROCESSABLE_ENTITY):
+        is_gone, is_wrong = error.status == HTTPStatus.NOT_FOUND, error.code == "digest_mismatch"
+        if uploads and (is_gone or is_wrong):
             uploads.forget(digest)
+        if is_wrong:
+            yield from send(Call("DELETE", path))
         # Another push of the same bytes may have finished the upload, or this one has and the reply was lost.
         if not is_gone or (yield from head(f"{BLOBS}/{digest}")) is None:
             raise
