@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXIT ?=
 METHODS ?=
+SOAK ?=
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,6 +65,9 @@ docs: $(VENV)/.ready ## write the generated tables of docs/
 bench: $(VENV)/.ready ## measure Medley and peft on the same work, or with METHODS=1 every method (writes benchmarks/out/throughput.json)
 	@$(BIN)/python -m benchmarks.$(if $(METHODS),methods,throughput)
 
+soak: $(VENV)/.ready ## change adapters under load, then serve 10,000 of them (about 8 minutes; SOAK="--help" for options)
+	@$(BIN)/python -m benchmarks.soak $(SOAK)
+
 golden: .venv-adapters/.ready ## make the AdapterHub checkpoints of tests/golden again, with the library itself
 	@HF_HUB_OFFLINE=1 .venv-adapters/bin/python -m tests.golden.make_golden
 	@HF_HUB_OFFLINE=1 .venv-adapters/bin/python -m tests.golden.make_news
@@ -71,4 +75,4 @@ golden: .venv-adapters/.ready ## make the AdapterHub checkpoints of tests/golden
 clean: ## remove environments and caches, keep data
 	rm -rf $(VENV) .venv-clients .venv-adapters .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup demo demo-classify serve test check fmt docs bench golden clean
+.PHONY: help setup demo demo-classify serve test check fmt docs bench soak golden clean

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from adapter_store.blobs import blob_key
-from adapter_store.durable import clear_hidden, digest_of, write_durably
+from adapter_store.durable import clear_hidden, is_whole, write_durably
 
 Fetch = Callable[[str], Iterable[bytes]]
 """Download a blob by its digest, piece by piece."""
@@ -92,10 +92,14 @@ class BlobCache:
     def _provide(self, sha256: str, fetch: Fetch) -> None:
         """See to it that a good copy is there. Only one thread at a time for each blob."""
         path = self._path(sha256)
-        if not path.exists() or digest_of(path) != sha256:
+        if not is_whole(path, sha256):
             write_durably(fetch(sha256), sha256, path)
         with self._lock:
-            self._sizes[sha256] = path.stat().st_size
+            try:
+                self._sizes[sha256] = path.stat().st_size
+            except FileNotFoundError:
+                # Another process that shares the directory has evicted it; whoever wants it provides it again.
+                return
             self._sizes.move_to_end(sha256)
             self._verified.add(sha256)
             total = sum(self._sizes.values())

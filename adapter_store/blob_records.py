@@ -70,7 +70,8 @@ class BlobRecords:
         """Remove a blob's row and bytes, if it is still an orphan. Who wants to store it meanwhile waits until both are gone."""
         with self._database.write() as connection:
             # Whoever is about to use the blob holds its row; only what is read after that has ended counts.
-            connection.execute(select(blobs.c.sha256).where(blobs.c.sha256 == sha256).with_for_update())
+            if connection.execute(select(blobs.c.sha256).where(blobs.c.sha256 == sha256).with_for_update()).first() is None:
+                return False  # another sweep was faster; a row that somebody makes from now on is not locked
             gone = connection.execute(delete(blobs).where(blobs.c.sha256 == sha256, self._orphaned())).rowcount == 1
             if gone:
                 remove_bytes(sha256)

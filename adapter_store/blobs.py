@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from adapter_store.durable import clear_hidden, digest_of, read_chunks, write_durably
+from adapter_store.durable import clear_hidden, is_whole, read_chunks, write_durably
 from adapter_store.errors import BlobCorrupt, StoreError
 
 _LINK_TRIES = 10
@@ -64,7 +64,7 @@ class LocalBlobs:
     def put(self, source: Path, sha256: str, *, fresh: bool = True) -> None:
         target = self._path(sha256)
         # A damaged blob is mended by pushing it again, which is why its bytes are read and not only its name.
-        if fresh or not target.exists() or digest_of(target) != sha256:
+        if fresh or not is_whole(target, sha256):
             write_durably(read_chunks(source), sha256, target)
 
     def link(self, sha256: str, target: Path) -> None:

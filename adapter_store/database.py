@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, func, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from adapter_store.errors import StorageFull, StoreError, StoreUnavailable
@@ -65,7 +65,10 @@ class Database:
 
 
 def _create(text: str | URL) -> Engine:
-    url = make_url(text)
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise StoreError("the catalog's URL cannot be read; it starts with sqlite:/// or postgresql+psycopg://") from error
     # As many connections as there are threads of asyncio.to_thread, so that slow writes never starve reads.
     pool = {"pool_size": 8, "max_overflow": 24, "pool_timeout": _WAIT_MS / 1000}
     if url.drivername == "sqlite":

@@ -57,6 +57,14 @@ def digest_of(source: Path) -> str:
         return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file is there and has this digest."""
+    try:
+        return digest_of(path) == sha256
+    except FileNotFoundError:
+        return False
+
+
 def clear_hidden(root: Path, before: float) -> int:
     """Remove what crashes left under ``root``: hidden files that nobody has written to since ``before`` (seconds since the epoch).
     Returns how many."""

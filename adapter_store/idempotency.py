@@ -45,8 +45,8 @@ class Idempotency:
         now = self._database.now()
         connection.execute(delete(replies).where(here, replies.c.created <= now - LIFETIME_S))
         row = {"tenant": tenant, "key": _hashed(key), "fingerprint": fingerprint, "status": 0, "body": "", "created": now}
-        claimed = connection.execute(self._database.insert(replies).values(row).on_conflict_do_nothing())
-        if claimed.rowcount == 1:
+        claimed = self._database.insert(replies).values(row).on_conflict_do_nothing().returning(replies.c.key)
+        if connection.execute(claimed).first() is not None:
             return True
         found = connection.execute(select(replies.c.fingerprint).where(here)).scalar_one()
         if found != fingerprint:

@@ -9,6 +9,7 @@ ApiError
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from server.adapters.faults import LoweringError
 from server.adapters.turns import TooManyWaiting
 from server.engine.client import EngineOverloaded, EngineUnavailable
 from server.engine.types import RequestError
+from server.quarantine import Record
 
 
 @dataclass(frozen=True, slots=True)

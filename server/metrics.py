@@ -102,6 +102,10 @@ class _EngineCollector(Collector):
         size.add_metric(["device"], stats.bank_bytes_used)
         size.add_metric(["host"], stats.host_bytes_used)
         yield size
+        hits = CounterMetricFamily("medley_adapter_hits", "Requests by where their adapter was when they came.", labels=["tier"])
+        for tier in ("resident", "host", "disk"):
+            hits.add_metric([tier], stats.counters.get(f"{tier}_hits", 0))
+        yield hits
         for name, (metric, text) in _COUNTERS.items():
             yield CounterMetricFamily(metric, text, stats.counters.get(name, 0))
         prefix = CounterMetricFamily("medley_prefix_cache_tokens", "Prompt tokens by prefix cache result.", labels=["result"])

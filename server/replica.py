@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from contextlib import aclosing
 
 from adapter_store.errors import StoreError, StoreUnavailable
@@ -24,12 +25,13 @@ LOOK_S = 0.1
 """How often changes are looked for: what comes within is told together."""
 RETRY_S = 0.5
 """How long a registry that does not answer is left alone."""
-
-log = logging.getLogger(__name__)
-
+MAX_UNSAID = 1024
+"""Announcements that wait for the registry. Beyond it the oldest go: what others then keep, they keep until it is evicted."""
 
 PINS_CHANGED: Message = {"kind": "pins"}
 """The announcement that the catalog's pins are not what they were."""
+
+log = logging.getLogger(__name__)
 
 
 def deleted(digests: list[str]) -> Message:
@@ -58,8 +60,13 @@ class Replica:
         self._lowerer = lowerer
         self._engine = engine
         self._pins = pins
+        self._unsaid: deque[Message] = deque(maxlen=MAX_UNSAID)
         self._is_entered = False
         self._beat = 0.0
+
+    def announce(self, message: Message) -> None:
+        """Tell all replicas as soon as the registry answers; nobody waits for it."""
+        self._unsaid.append(message)
 
     async def publish(self) -> None:
         """Keep the registry up to date, until cancelled; then leave it."""
@@ -92,18 +99,22 @@ class Replica:
 
     async def delete(self, digests: list[str]) -> None:
         """Adapters were deleted here: free what nobody has any more, on all replicas."""
+        self.announce(deleted(digests))
         await self._pins.sync()
         await self._drop_unused(digests)
-        with contextlib.suppress(StoreUnavailable):
-            await self._registry.announce(deleted(digests))
 
-    async def tell_pins(self) -> None:
+    def tell_pins(self) -> None:
         """Pins were changed here: have the other replicas look."""
-        with contextlib.suppress(StoreUnavailable):
-            await self._registry.announce(PINS_CHANGED)
+        self.announce(PINS_CHANGED)
 
     async def _tell(self) -> None:
-        """Publish what changed, or everything; and stay alive."""
+        """Publish what changed, or everything; say what is to be announced; and stay alive."""
+        await self._publish_states()
+        while self._unsaid:
+            await self._registry.announce(self._unsaid[0])
+            self._unsaid.popleft()
+
+    async def _publish_states(self) -> None:
         changes = self._residents.take_changes()
         if not self._is_entered or changes is None:
             await self._registry.enter(self.name, LEASE_S, self._residents.states())

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from server.engine.base_dir import prepare_base
+from tests.postgres import fresh_database, running_postgres
 from tests.seaweed import Seaweed, running_seaweed
 from tests.tiny import make_tiny
 
@@ -58,3 +59,20 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     """A real S3-compatible store."""
     with running_seaweed(tmp_path_factory.mktemp("seaweed")) as store:
         yield store
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a real PostgreSQL server."""
+    with running_postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database, of either kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'catalog.sqlite'}"
+        return
+    with fresh_database(request.getfixturevalue("postgres_server")) as url:
+        yield url

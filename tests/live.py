@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from medley_client import Medley
 from server.api.auth import new_key
 
 TENANTS = ("acme", "globex")
+OPERATOR = "operator"
 SMALL = ("--dtype", "float32", "--kv-cache-bytes", "32MiB", "--bank-bytes", "64MiB", "--host-bytes", "64MiB", "--threads", "1")
 
 
@@ -56,10 +57,12 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @contextmanager
-def live_server(model: Path, data_dir: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Live]:
-    """A server with keys for every tenant."""
+def live_server(
+    model: Path, data_dir: Path, *flags: str, tenants: Sequence[str] = TENANTS, env: dict[str, str] | None = None
+) -> Iterator[Live]:
+    """A server with keys for every tenant, and an operator's."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    made = {tenant: new_key(tenant) for tenant in TENANTS}
+    made = {tenant: new_key(tenant) for tenant in tenants} | {OPERATOR: new_key(OPERATOR, is_operator=True)}
     keys_file = data_dir / "keys.txt"
     keys_file.write_text("".join(f"{line}\n" for _, line in made.values()))
     arguments = ("--model", str(model), "--keys-file", str(keys_file), *SMALL, *flags)

@@ -37,7 +37,7 @@ async def pin(request: Request, reference: str) -> dict[str, Any]:
     store: Store = services.store
     version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
     await services.pins.pin(version)
-    await services.replica.tell_pins()
+    services.replica.tell_pins()
     return {**describe(version), **await explain(request, version)}
 
 
@@ -48,5 +48,5 @@ async def unpin(request: Request, reference: str) -> dict[str, Any]:
     store: Store = services.store
     version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
     await services.pins.unpin(version)
-    await services.replica.tell_pins()
+    services.replica.tell_pins()
     return {**describe(version), **await explain(request, version)}

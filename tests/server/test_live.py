@@ -26,7 +26,6 @@ from tests.harness import greedy, load_base_for_lowering, lower_directory, make_
 from tests.live import Live, live_server
 from tests.parity.cases import Case, make_checkpoint
 from tests.parity.variants import VARIANTS, make_adapter
-from tests.redis import running_redis
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -413,23 +412,6 @@ def test_a_signal_drains_and_exits_cleanly(model: Path, tmp_path: Path) -> None:
         if line.startswith("{"):
             json.loads(line)
     assert "Traceback" not in log
-
-
-def test_losing_redis_degrades_and_fails_nothing(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    with (
-        running_redis(tmp_path) as (url, redis),
-        live_server(model, tmp_path / "data", "--redis-url", url) as server,
-        server.client() as client,
-    ):
-        client.adapters.push(adapters["plain"], "plain")
-        client.generate("Hello", adapter="plain", max_new_tokens=2)
-        wait_for(lambda: list(client.adapters.show("plain").residency.values()) == ["resident"])
-        redis.kill()
-        redis.wait()
-        with server.http() as http:
-            wait_for(lambda: http.get("/readyz").json() == {"status": "ok", "degraded": ["registry"]})
-        assert client.generate("Hello", adapter="plain", max_new_tokens=2).generated_tokens
-        assert client.adapters.show("plain").residency == {}
 
 
 TOY = '''

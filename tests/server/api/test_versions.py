@@ -139,7 +139,7 @@ def test_another_tenants_names_do_not_exist(live: Live, http: httpx.Client, adap
             ("GET", "/v1/adapters/mine/files", "/v1/adapters/none/files", None),
             ("GET", "/v1/adapters/mine/tags", "/v1/adapters/none/tags", None),
             ("PUT", "/v1/adapters/mine/tags/x", "/v1/adapters/none/tags/x", {"version": "v1"}),
-            ("DELETE", "/v1/adapters/mine/tags/latest", "/v1/adapters/none/tags/latest", None),
+            ("DELETE", "/v1/adapters/mine/tags/next", "/v1/adapters/none/tags/next", None),
             ("POST", "/v1/adapters/mine/load", "/v1/adapters/none/load", None),
             ("POST", "/v1/adapters/mine/pin", "/v1/adapters/none/pin", None),
             ("DELETE", "/v1/adapters/mine/pin", "/v1/adapters/none/pin", None),
@@ -186,7 +186,7 @@ def test_a_repeated_push_gets_its_first_reply(http: httpx.Client, adapters: list
     assert http.get("/v1/adapters/once").json()["version"] == "v2", "a repeated request changes nothing"
     assert code(push(http, adapters[1], "once", key)) == (422, "idempotency_key_reused")
     assert code(push(http, adapters[0], "other", key)) == (422, "idempotency_key_reused")
-    assert code(push(http, adapters[0], "once", {"idempotency-key": "käse".encode("latin-1").decode("latin-1")})) == (
+    assert code(push(http, adapters[0], "once", {"idempotency-key": "two words"})) == (
         400,
         "invalid_request",
     )

@@ -1,0 +1,124 @@
+"""Loading ahead, pinning, and what is told of an adapter; on a server whose bank holds few."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from peft import LoraConfig
+
+from tests.conftest import TinyModels
+from tests.live import Live, live_server
+from tests.parity.cases import Case, make_checkpoint
+from tests.server.api.test_versions import answer, code, push
+
+CASE = Case("law", lambda _: LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]), scale=0.5)
+HELD = 4
+"""Adapters that the bank holds; half of it may be pinned."""
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    directory = tmp_path_factory.mktemp("adapters")
+    return [make_checkpoint(CASE, "llama", tiny_models("llama"), directory / str(seed), seed=seed) for seed in range(8)]
+
+
+@pytest.fixture(scope="module")
+def program_bytes(tiny_models: TinyModels, adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> int:
+    """What one of them takes on the device."""
+    with live_server(tiny_models("llama"), tmp_path_factory.mktemp("probe")) as server, server.http() as http:
+        return int(push(http, adapters[0], "probe").json()["facts"]["program_bytes"])
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("live")
+
+
+@pytest.fixture
+def live(tiny_models: TinyModels, adapters: list[Path], program_bytes: int, data_dir: Path) -> Iterator[Live]:
+    """Started anew for each test, on the same data."""
+    with live_server(tiny_models("llama"), data_dir, "--bank-bytes", str(HELD * program_bytes + 1000)) as server:
+        with server.http() as http:
+            if not http.get("/v1/adapters").json()["data"]:
+                for number, adapter in enumerate(adapters):
+                    assert push(http, adapter, f"a{number}").status_code == 201
+        yield server
+
+
+def shown(http: httpx.Client, name: str) -> dict[str, Any]:
+    return dict(http.get(f"/v1/adapters/{name}").json())
+
+
+def until(true: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+def states(http: httpx.Client, name: str) -> set[str]:
+    return set(shown(http, name)["residency"].values())
+
+
+def test_what_is_told_of_an_adapter(live: Live) -> None:
+    with live.http() as http:
+        before = shown(http, "a0")
+        assert (before["residency"], before["load_seconds"], before["pinned"], before["quarantine"]) == ({}, {}, False, None)
+        answer(http, "a0")
+        until(lambda: states(http, "a0") == {"resident"})
+        after = shown(http, "a0")
+        assert after["load_seconds"].keys() == {"host", "resident"}
+        assert abs(after["last_used"] - time.time()) < 60
+        facts = after["facts"]
+        assert (facts["method"], facts["rank"], facts["modules"]) == ("LORA", 4, ["down_proj", "q_proj"])
+        assert after["files"][0].keys() == {"name", "digest", "bytes"}
+        assert (after["tags"], after["versions"][0]["tags"]) == ({"latest": "v1"}, ["latest"])
+
+
+def test_when_an_adapter_was_used_outlives_the_server(live: Live) -> None:
+    with live.http() as http:
+        assert abs(shown(http, "a0")["last_used"] - time.time()) < 60
+        assert shown(http, "a7")["last_used"] is None
+
+
+def test_loading_ahead(live: Live) -> None:
+    with live.http() as http:
+        assert http.post("/v1/adapters/a1/load").status_code == 202
+        until(lambda: states(http, "a1") <= {"host", "resident"} and bool(states(http, "a1")))
+        assert shown(http, "a1")["last_used"] is None, "nobody used it"
+
+
+def test_what_is_pinned_stays_also_over_a_restart(live: Live) -> None:
+    with live.http() as http:
+        pinned = http.post("/v1/adapters/a2/pin")
+        assert (pinned.status_code, pinned.json()["pinned"]) == (200, True)
+        assert http.post("/v1/adapters/a3@v1/pin").status_code == 200
+        until(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
+        refused = http.post("/v1/adapters/a4/pin")
+        assert code(refused) == (409, "pin_limit")
+        assert not shown(http, "a4")["pinned"], "what was refused is not pinned"
+        for name in ("a4", "a5", "a6", "a7", "a0"):
+            answer(http, name)
+        assert states(http, "a2") == states(http, "a3") == {"resident"}
+
+
+def test_pins_are_kept_and_taken_back(live: Live) -> None:
+    with live.http() as http:
+        until(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
+        engine = live.child("server.engine.process")
+        engine.kill()
+        until(lambda: http.get("/readyz").status_code == 503)
+        until(lambda: http.get("/readyz").status_code == 200, 60)
+        until(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
+        assert http.delete("/v1/adapters/a3/pin").json()["pinned"] is False
+        assert http.post("/v1/adapters/a4/pin").status_code == 200
+        assert http.delete("/v1/adapters/a2").status_code == 200
+        until(lambda: http.post("/v1/adapters/a3/pin").status_code == 200)
+        for name in ("a5", "a6", "a7", "a0"):
+            answer(http, name)
+        assert states(http, "a3") == states(http, "a4") == {"resident"}
