@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXIT ?=
 METHODS ?=
+COLD ?=
 SOAK ?=
 .DEFAULT_GOAL := help
 
@@ -62,8 +63,8 @@ fmt: $(VENV)/.ready ## format, and fix what can be fixed
 docs: $(VENV)/.ready ## write the generated tables of docs/
 	@$(BIN)/python docs/generate.py
 
-bench: $(VENV)/.ready ## measure Medley and peft on the same work, or with METHODS=1 every method (writes benchmarks/out/throughput.json)
-	@$(BIN)/python -m benchmarks.$(if $(METHODS),methods,throughput)
+bench: $(VENV)/.ready ## measure Medley and peft on the same work, with METHODS=1 every method, with COLD=1 cold adapters (writes benchmarks/out)
+	@$(BIN)/python -m benchmarks.$(if $(COLD),cold,$(if $(METHODS),methods,throughput))
 
 soak: $(VENV)/.ready ## change adapters under load, then serve 10,000 of them (about 8 minutes; SOAK="--help" for options)
 	@$(BIN)/python -m benchmarks.soak $(SOAK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,9 @@ def ask(request_id: str, prompt: Sequence[int], program: ProgramRef = BASE, *, t
     return Request(request_id, tuple(prompt), SamplingParams(), program, request_id, task)
 
 
-def make_engine(directory: Path, dtype: str = "float32", *, kernel: Any = None, **overrides: Any) -> Engine:
+def make_engine(
+    directory: Path, dtype: str = "float32", *, kernel: Any = None, clock: Callable[[], float] = time.monotonic, **overrides: Any
+) -> Engine:
     """A small engine on a tiny model."""
     sizes: dict[str, Any] = {
         "kv_cache_bytes": 4 << 20,
@@ -82,7 +84,7 @@ def make_engine(directory: Path, dtype: str = "float32", *, kernel: Any = None, 
         **overrides,
     }
     settings = EngineSettings(model_dir=str(directory), base_digest=DIGEST, dtype=dtype, **sizes)
-    return Engine(settings, kernel=kernel)
+    return Engine(settings, kernel=kernel, clock=clock)
 
 
 def greedy(request_id: str, prompt: Sequence[int], program: ProgramRef = BASE, *, tokens: int = 8, **params: Any) -> Request:

@@ -11,9 +11,14 @@ from typing import Any
 
 import yaml
 
+from server.config import TABLE
+
 ROOT = Path(__file__).parents[1]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+SHARED_FILE = ROOT / "deploy/compose/shared-store.yml"
+SHARED: dict[str, Any] = yaml.safe_load(SHARED_FILE.read_text())
+SECRETS = ("GRAFANA_PASSWORD", "POSTGRES_PASSWORD", "S3_SECRET_KEY")
 
 
 def test_compose_is_accepted() -> None:
@@ -37,8 +42,24 @@ def test_compose_is_accepted() -> None:
         assert refused.returncode, "there must be no default password"
 
 
+def test_what_replicas_share_is_accepted() -> None:
+    assert SHARED["services"].keys() == {"server", "prepare", "postgres", "s3"}
+    settings = {row.env for row in TABLE}
+    for name in SHARED["services"]["server"]["environment"]:
+        assert name in settings or name.startswith("AWS_"), name
+    if shutil.which("docker-compose"):
+        command = ["docker-compose", "-f", ROOT / "docker-compose.yml", "-f", SHARED_FILE, "config", "-q"]
+        environment = {**os.environ, **dict.fromkeys(SECRETS, "secret")}
+        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+        for secret in SECRETS:
+            without = {name: value for name, value in environment.items() if name != secret}
+            refused = subprocess.run(command, env=without, cwd="/", capture_output=True)
+            assert refused.returncode, f"there must be no default for {secret}"
+
+
 def test_services_are_hardened() -> None:
-    for name, service in SERVICES.items():
+    more = {name: SHARED["services"][name] for name in ("postgres", "s3")}
+    for name, service in {**SERVICES, **more}.items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
@@ -46,14 +67,14 @@ def test_services_are_hardened() -> None:
         if name not in ("keys", "prepare"):
             assert "healthcheck" in service, name
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
-    assert "ports" not in SERVICES["redis"]
+    assert all("ports" not in service for service in (SERVICES["redis"], *more.values()))
     assert "\nUSER 10001\n" in (ROOT / "Dockerfile").read_text()
     assert "HEALTHCHECK" in (ROOT / "Dockerfile").read_text()
 
 
 def test_example_environment_is_complete() -> None:
     named = {line.split("=")[0] for line in (ROOT / ".env.example").read_text().splitlines() if "=" in line}
-    text = (ROOT / "docker-compose.yml").read_text()
+    text = (ROOT / "docker-compose.yml").read_text() + SHARED_FILE.read_text()
     used = {part.split(":")[0].split("}")[0] for part in text.split("${")[1:]}
     assert used == named
 

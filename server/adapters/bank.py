@@ -64,7 +64,7 @@ class _Claim:
     """A program that has waited for too long. ``draining`` programs get no new references; ``shares`` is whether shares hold for it."""
 
     program_id: str
-    tenant: str
+    tenant: str | None
     shares: bool
     draining: set[str]
 
@@ -149,9 +149,9 @@ class Bank:
         self._watchers.append(watcher)
 
     def admit(
-        self, program: PackedProgram, tenant: str = "", *, insists: bool = False, move_bytes: int = sys.maxsize
+        self, program: PackedProgram, tenant: str | None = None, *, insists: bool = False, move_bytes: int = sys.maxsize
     ) -> Admission:
-        """Copy a program in for a tenant, evicting others as the policy says, and moving some when room lies in pieces.
+        """Copy a program in for a tenant (None: nobody), evicting others as the policy says, and moving some when room lies in pieces.
 
         One that ``insists`` has waited for long: programs are drained for it, which get no new references until it has come. They are
         taken from those that are nobody's guaranteed share; where even these are not enough, from all. Meanwhile only tenants that stay
@@ -213,13 +213,13 @@ class Bank:
         """The ``rows`` arena as ``(n, width)``, or None when programs are not aligned to this width."""
         return self.rows.view(-1, width) if self.unit % width == 0 else None
 
-    def _must_wait(self, program_id: str, tenant: str, footprint: int) -> bool:
+    def _must_wait(self, program_id: str, tenant: str | None, footprint: int) -> bool:
         """Whether another program's claim goes first."""
         if self._claim is None or self._claim.program_id == program_id:
             return False
-        return tenant == self._claim.tenant or not self._policy.is_within_share(tenant, footprint)
+        return tenant is None or tenant == self._claim.tenant or not self._policy.is_within_share(tenant, footprint)
 
-    def _drain(self, program_id: str, tenant: str, nbytes: int, count: int) -> None:
+    def _drain(self, program_id: str, tenant: str | None, nbytes: int, count: int) -> None:
         if self._claim is None:
             self._claim = _Claim(program_id, tenant, shares=True, draining=set())
         found = self._policy.choose(tenant, nbytes, count)

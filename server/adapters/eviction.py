@@ -92,10 +92,13 @@ class Eviction:
         """A program went for another reason, which says nothing of the others."""
         del self._entries[name]
 
-    def choose(self, tenant: str, nbytes: int, count: int, *, held: Container[str] = (), shares: bool = True) -> list[str] | None:
+    def choose(
+        self, tenant: str | None, nbytes: int, count: int, *, held: Container[str] = (), shares: bool = True
+    ) -> list[str] | None:
         """The programs to evict for ``tenant`` so that ``nbytes`` and ``count`` places more are free; None: there are not enough.
 
-        ``held`` programs are in use and stay. Without ``shares`` only those and the permanent ones do. Changes nothing.
+        ``tenant`` None is nobody, who has no share. ``held`` programs are in use and stay; without ``shares`` only those and the permanent
+        ones do. Changes nothing.
         """
         since = self._clock() - self._window_s
         usage, most = self._usage(since), self._share(tenant, since)
@@ -133,9 +136,9 @@ class Eviction:
                     use.count += 1
         return usage
 
-    def _share(self, tenant: str, since: float) -> _Use:
+    def _share(self, tenant: str | None, since: float) -> _Use:
         self._active = {name: used for name, used in self._active.items() if used > since}
-        active = len(self._active.keys() | {tenant})
+        active = max(len(self._active.keys() | {tenant} - {None}), 1)
         kept = sum(name in self._entries for name in self.permanent)
         return _Use((self._capacity_bytes - self.permanent_bytes) // active, (self._capacity_count - kept) // active)
 

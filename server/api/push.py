@@ -131,6 +131,8 @@ async def _push(request: Request, name: str | None, tag: str | None, condition: 
         with services.lowerer.using(((staged.digest, 1.0),)):
             program = await services.lowerer.ensure(tenant, staged.digest, lambda: nullcontext(staged.paths))
             version, reply = await _commit(store, tenant, wanted, staged, program.facts)
+    # Whoever pushes an adapter again wants it tried again.
+    services.quarantine.release(tenant, version.digest)
     services.metrics.upload_bytes.inc(version.nbytes)
     request.state.adapter = version.digest
     return reply

@@ -36,7 +36,7 @@ class HostTier:
         if program_id in self._programs:
             self._policy.use(program_id, tenant)
 
-    def reserve(self, program_id: str, nbytes: int, tenant: str, held: Container[str]) -> list[str] | None:
+    def reserve(self, program_id: str, nbytes: int, tenant: str | None, held: Container[str]) -> list[str] | None:
         """Make room for a load, for a tenant. Returns the programs that went for it; None: there is no room now. ``held`` ones stay."""
         nbytes = min(nbytes, self.capacity_bytes)
         missing = self.used_bytes + self.reserved_bytes + nbytes - self.capacity_bytes

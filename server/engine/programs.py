@@ -57,7 +57,7 @@ class Programs:
         self._clock = clock
         self._users: Counter[str] = Counter()
         self._waiting: dict[str, list[Sequence]] = {}
-        self._to_load: dict[str, tuple[ProgramRef, str]] = {}
+        self._to_load: dict[str, tuple[ProgramRef, str | None]] = {}
         self._blocked: dict[str, float] = {}
         self._refused: dict[str, RequestError] = {}
         self._dropped: set[str] = set()
@@ -178,7 +178,7 @@ class Programs:
         events, self._events = self._events, []
         return events
 
-    def _load(self, ref: ProgramRef, tenant: str) -> None:
+    def _load(self, ref: ProgramRef, tenant: str | None) -> None:
         if not self.loader.is_loading(ref.program_id):
             self._to_load.setdefault(ref.program_id, (ref, tenant))
             self._start_loads()
@@ -212,7 +212,7 @@ class Programs:
             self._prefetches.pop(program_id, None)
             self.unpin_program(program_id)
             arrivals.failed[program_id] = problem
-        elif program_id in self._dropped:
+        elif program_id in self._dropped and not self._users[program_id]:
             self.host.cancel(program_id)
             self._tidy(program_id)
         else:
@@ -221,31 +221,32 @@ class Programs:
             arrivals.ready.extend(sequence for sequence in self._waiting.pop(program_id, []) if self.prepare(sequence))
 
     def _bring_pinned(self, ref: ProgramRef) -> None:
-        """Size is known once the program is at hand; only then does a pin count, and hold."""
+        """A pin counts, and holds, once its program is at hand and its size known: of several at a time, what is loaded first goes first."""
         program_id = ref.program_id
         resident, program = self.bank.find(program_id), self.host.get(program_id)
         if resident is None and program is None:
-            self._load(ref, "")
+            self._load(ref, None)
             return
         if program_id not in self._pinned_sizes:
             nbytes = resident.nbytes if resident else self.bank.footprint(program) if program else 0
             if not self._pins_fit([*self._pinned_sizes.values(), nbytes]):
                 del self._pins[program_id]
                 self._note(program_id, reason="pin_limit")
+                self._tidy(program_id)
                 return
             self._pinned_sizes[program_id] = nbytes
             self.bank.keep(program_id)
         if resident is None:
-            self._admit(ref, "")
+            self._admit(ref, None)
 
     def _bring_prefetched(self, ref: ProgramRef) -> None:
         if self.bank.find(ref.program_id) is None and self.host.get(ref.program_id) is None:
-            self._load(ref, "")
-        elif self.bank.find(ref.program_id) is not None or self._admit(ref, "") or not self.has_deferred:
+            self._load(ref, None)
+        elif self.bank.find(ref.program_id) is not None or self._admit(ref, None) or not self.has_deferred:
             del self._prefetches[ref.program_id]
             self._tidy(ref.program_id)
 
-    def _admit(self, ref: ProgramRef, tenant: str) -> bool:
+    def _admit(self, ref: ProgramRef, tenant: str | None) -> bool:
         program_id = ref.program_id
         program = self.host.get(program_id)
         if program is None:

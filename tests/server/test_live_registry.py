@@ -23,6 +23,9 @@ from tests.conftest import TinyModels
 from tests.live import OPERATOR, SMALL, Live, live_server
 from tests.parity.variants import VARIANTS, make_adapter
 from tests.redis import start_redis
+from tests.seaweed import BUCKET, Seaweed
+
+BLOBS = f"s3://{BUCKET}/registry"
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Cluster:
     directory: Path
     url: str
     redis: subprocess.Popen[bytes]
+    shared: tuple[str, ...]
+    """Flags of what replicas have in common."""
 
     def shown(self) -> dict[str, Any]:
         with self.server.http(OPERATOR) as http:
@@ -78,13 +83,14 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(model: Path, seaweed: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("cluster")
     url, redis = start_redis(directory)
     made: Cluster | None = None
     try:
-        with live_server(model, directory / "data", "--redis-url", url) as server:
-            made = Cluster(server, directory, url, redis)
+        shared = ("--redis-url", url, "--catalog-url", f"sqlite:///{directory / 'catalog.sqlite'}", "--blobs-url", BLOBS)
+        with live_server(model, directory / "data", *shared, env=seaweed.environment) as server:
+            made = Cluster(server, directory, url, redis, shared)
             yield made
     finally:
         (made.redis if made is not None else redis).kill()
@@ -142,19 +148,22 @@ def test_operators_see_whose_programs_these_are_and_others_do_not(cluster: Clust
         wait_for(lambda: cluster.published() == {})
 
 
-def test_what_is_deleted_on_one_replica_leaves_the_others(cluster: Cluster, model: Path, adapters: dict[str, Path]) -> None:
-    """Two servers on one machine share Redis and the data directory."""
-    data, keys = cluster.server.data_dir, cluster.server.keys
-    flags = ("--model", str(model), "--keys-file", str(data / "keys.txt"), *SMALL, "--redis-url", cluster.url)
+def test_what_is_deleted_on_one_replica_leaves_the_others(
+    cluster: Cluster, model: Path, seaweed: Seaweed, adapters: dict[str, Path]
+) -> None:
+    """Two servers share Redis, catalog and blobs."""
+    data, second, keys = cluster.server.data_dir, cluster.directory / "second", cluster.server.keys
+    flags = ("--model", str(model), "--keys-file", str(data / "keys.txt"), *SMALL, *cluster.shared)
     with cluster.server.client("acme") as acme, cluster.server.client("globex") as globex:
         acme.adapters.push(adapters["plain"], "doomed")
         [file] = (data / "programs").rglob("*.safetensors")
         acme.adapters.push(adapters["dora"], "shared")
         globex.adapters.push(adapters["dora"], "shared")
         # What cannot be read of an earlier process's programs is made again.
-        content = file.read_bytes()
+        shutil.copytree(data / "programs", second / "programs")
+        content, file = file.read_bytes(), second / file.relative_to(data)
         file.write_bytes(content[:100])
-        with running_server(cluster.directory / "other", *flags, "--data-dir", str(data)) as url:
+        with running_server(second, *flags, env=seaweed.environment) as url:
             with Medley(url, keys["acme"]) as other:
                 assert [outcome(other, name) for name in ("doomed", "shared")] == ["served"] * 2
             assert file.read_bytes() == content

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from server.adapters.ir import (
@@ -93,3 +95,52 @@ def test_a_prologue_of_a_program_that_acts_later_is_never_written(tmp_path: Path
     with pytest.raises(ValueError, match="prologue"):
         write_program(tmp_path / "p.safetensors", program, program_id="p", facts={})
     assert not list(tmp_path.iterdir())
+
+
+def broken(content: bytes) -> dict[str, bytes]:
+    """What a program file must not be, by what is wrong with it."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+
+    def with_header(change: dict[str, object]) -> bytes:
+        text = json.dumps({**header, **change}).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text + content[start:]
+
+    rows = header["rows"]
+    first, last = rows["data_offsets"]
+    return {
+        "nothing": b"",
+        "half a length": content[:5],
+        "cut header": content[: start - 1],
+        "cut tensors": content[:-1],
+        "more behind": content + b"\0",
+        "no JSON": content[:8] + b"\0" * (start - 8) + content[start:],
+        "no metadata": with_header({"__metadata__": {}}),
+        "no rows": with_header({"rows": {**rows, "dtype": "F3"}}),
+        "a wrong shape": with_header({"rows": {**rows, "shape": [rows["shape"][0] + 1]}}),
+        "an overlap": with_header({"rows": {**rows, "data_offsets": [first - 4, last - 4]}}),
+        "beyond the end": with_header({"rows": {**rows, "data_offsets": [first + 4, last + 4]}}),
+        "a list for a tensor": with_header({"rows": []}),
+    }
+
+
+@pytest.mark.parametrize("fault", list(broken(b"\x40\0\0\0\0\0\0\0" + b'{"rows":{"shape":[1],"data_offsets":[0,4]}}'.ljust(64))))
+def test_a_file_that_is_not_whole_and_well_formed_is_refused(fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    write_program(path, everything(), program_id="p", facts={})
+    path.write_bytes(broken(path.read_bytes())[fault])
+    with pytest.raises(ValueError, match=r"."):
+        read_program(path)
+
+
+def test_tensors_are_those_that_the_library_reads(tmp_path: Path) -> None:
+    """``safetensors`` itself is the slow reference: it copies every tensor."""
+    path = tmp_path / "p.safetensors"
+    write_program(path, everything(), program_id="p", facts={})
+    packed, reference = read_program(path), load_file(path)
+    found = {"rows": packed.rows, "vectors": packed.vectors, **packed.extras}
+    assert found.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype

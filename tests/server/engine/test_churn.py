@@ -1,0 +1,179 @@
+"""REL-14 and REL-15: adapters are loaded, pinned, dropped and asked for again while others run. 500 random interleavings, without a hang."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapter_store.residency import check_transition
+from server.adapters.ir import LinearEdit, Program
+from server.adapters.program_file import write_program
+from server.engine.engine import Engine
+from server.engine.types import BASE, FinishReason, ProgramRef
+from tests.conftest import TinyModels
+from tests.harness import greedy, load_base_for_lowering, make_engine, run
+
+PROMPTS = ([9, 200, 31, 77], [5] * 19)
+TOKENS = 4
+RANKS = {"p0": 1, "p1": 2, "p2": 2, "p3": 3, "p4": 4}
+WATCHDOG_STEPS = 2000
+ROUNDS = 250
+"""Of either engine."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: TinyModels) -> Path:
+    return tiny_models("llama")
+
+
+@pytest.fixture(scope="module")
+def refs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ProgramRef]:
+    spec, directory = load_base_for_lowering(model, "float64").spec, tmp_path_factory.mktemp("programs")
+    found = {"base": BASE}
+    for name, rank in RANKS.items():
+        generator, program = torch.Generator().manual_seed(rank + len(found)), Program()
+        for site in spec.sites:
+            if site.kind == "linear":
+                down, up = (
+                    torch.randn(rank, size, generator=generator).double() / 4 for size in (site.in_features, site.out_features)
+                )
+                program.add(site.name, LinearEdit(down=down, up=up))
+        found[name] = ProgramRef(name, str(directory / name))
+        write_program(directory / name, program, program_id=name, facts={})
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, refs: dict[str, ProgramRef]) -> dict[tuple[str, int], list[int]]:
+    """Greedy tokens of every program and prompt, each run by itself."""
+    engine = make_engine(model, "float64", prefix_caching=False)
+    found = {}
+    for name, ref in refs.items():
+        for index, prompt in enumerate(PROMPTS):
+            found[name, index] = run(engine, [greedy("x", prompt, ref, tokens=TOKENS)])["x"].tokens
+    engine.close()
+    assert len({tuple(tokens) for tokens in found.values()}) > len(PROMPTS), "the programs change nothing"
+    return found
+
+
+class Churn:
+    """One engine through many rounds, each of which ends with nothing left."""
+
+    def __init__(self, engine: Engine, refs: dict[str, ProgramRef], alone: dict[tuple[str, int], list[int]]) -> None:
+        self.engine = engine
+        self.now = 0.0
+        self._refs = refs
+        self._alone = alone
+        self._tokens: dict[str, list[int]] = {}
+        self._asked: dict[str, tuple[str, int, int]] = {}
+        self._ended: dict[str, FinishReason] = {}
+        self._states: dict[str, str] = {}
+
+    def round(self, seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(rng.randint(3, 10)):
+            name = rng.choice(list(RANKS))
+            match rng.choice(("add", "add", "add", "step", "step", "abort", "drop", "load", "pin", "unpin", "replace", "wait")):
+                case "add":
+                    self._add(rng, rng.choice([name, name, name, "base"]))
+                case "step":
+                    for _ in range(rng.randint(1, 4)):
+                        self._step()
+                case "abort" if self._asked:
+                    self.engine.abort(rng.choice(list(self._asked)))
+                case "drop":
+                    self.engine.drop_program(name)
+                case "load":
+                    self.engine.load_program(self._refs[name])
+                case "pin":
+                    self.engine.pin_program(self._refs[name])
+                case "unpin":
+                    self.engine.unpin_program(name)
+                case "replace":
+                    self._add(rng, name)
+                    self.engine.drop_program(name)
+                    self._add(rng, rng.choice(list(RANKS)))
+                case "wait":
+                    self.now += 6
+        self._end(seed)
+
+    def _add(self, rng: random.Random, name: str) -> None:
+        request_id, prompt, tokens = f"r{len(self._asked)}", rng.randrange(2), rng.randint(1, TOKENS)
+        self._asked[request_id], self._tokens[request_id] = (name, prompt, tokens), []
+        self.engine.add(greedy(request_id, PROMPTS[prompt], self._refs[name], tokens=tokens, tenant=rng.choice("ab")))
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            assert output.request_id not in self._ended, "an output after the end"
+            assert output.error is None, output.error
+            self._tokens[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                self._ended[output.request_id] = output.finish_reason
+        for event in self.engine.take_events():
+            check_transition(self._states.pop(event.program_id, "stored"), event.state.value)
+            if event.state.value != "stored":
+                self._states[event.program_id] = event.state.value
+        assert self.engine.bank.used_bytes <= self.engine.bank.capacity_bytes
+
+    def _end(self, seed: int) -> None:
+        steps = 0
+        while self.engine.has_unfinished or self.engine.loader.is_waiting:
+            self._step()
+            steps += 1
+            assert steps < WATCHDOG_STEPS, f"round {seed} hangs"
+            if not self.engine.has_runnable:
+                self.now += 3
+                time.sleep(0.0005)
+        for name in RANKS:
+            self.engine.drop_program(name)
+        self._step()
+        while any(self.engine.loader.is_loading(name) for name in RANKS):
+            self._step()
+        assert self._ended.keys() == self._asked.keys()
+        for request_id, (name, prompt, tokens) in self._asked.items():
+            expected = self._alone[name, prompt][:tokens]
+            if self._ended[request_id] is FinishReason.ABORT:
+                expected = expected[: len(self._tokens[request_id])]
+            assert self._tokens[request_id] == expected, f"round {seed}: {request_id} of {name}"
+        self._check_nothing_is_left(seed)
+        self._asked, self._tokens, self._ended = {}, {}, {}
+
+    def _check_nothing_is_left(self, seed: int) -> None:
+        stats = self.engine.stats()
+        left = (stats.bank_bytes_used, stats.bank_bytes_pinned, stats.host_bytes_used, self.engine.host.reserved_bytes)
+        assert left == (0, 0, 0, 0), f"round {seed}"
+        assert (stats.slots_used, stats.slots_pinned, stats.kv_blocks_used, stats.waiting_for_adapter) == (0, 0, 0, 0)
+        assert not self._states
+        programs = self.engine._programs
+        for held in ("_users", "_waiting", "_to_load", "_blocked", "_dropped", "_pins", "_pinned_sizes", "_prefetches", "_told"):
+            assert not getattr(programs, held), f"round {seed}: {held}"
+        self.engine.blocks.check_integrity()
+
+
+@pytest.fixture(params=["few slots", "few bytes"])
+def churn(
+    request: pytest.FixtureRequest, model: Path, refs: dict[str, ProgramRef], alone: dict[tuple[str, int], list[int]]
+) -> Iterator[Churn]:
+    """Fewer slots than programs and a small host tier; or a bank of the two largest, so that one fits beside any pins, and a host tier of one."""
+    clock: list[Churn] = []
+    sizes = (
+        {"max_slots": 2, "host_bytes": 3 * Path(refs["p3"].path).stat().st_size}
+        if request.param == "few slots"
+        else {"bank_bytes": Path(refs["p4"].path).stat().st_size * 2, "host_bytes": 1}
+    )
+    engine = make_engine(model, "float64", max_running=3, clock=lambda: clock[0].now if clock else 0.0, **sizes)
+    clock.append(Churn(engine, refs, alone))
+    yield clock[0]
+    engine.close()
+
+
+def test_interleavings(churn: Churn) -> None:
+    for seed in range(ROUNDS):
+        churn.round(seed)
+    counters = churn.engine.stats().counters
+    assert min(counters[name] for name in ("evictions", "drops", "admissions", "loads", "host_evictions")) > 20
