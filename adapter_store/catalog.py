@@ -154,7 +154,8 @@ class Catalog:
             return gone
 
     def touch(self, used: Mapping[tuple[str, str, int], float]) -> None:
-        """Write down when versions (tenant, name, number) were last used; those that are gone, and older times, are passed over."""
+        """Write down when versions (tenant, name, number) were last used; those that are gone, and older times, are passed over, and so
+        are times before a version was made: they speak of a deleted one, whose number it has."""
         if not used:
             return
         last: BindParameter[float] = bindparam("used")
@@ -162,7 +163,7 @@ class Catalog:
             _versions.c.tenant == bindparam("of_tenant"),
             _versions.c.name == bindparam("of_name"),
             _versions.c.number == bindparam("of_number"),
-            func.coalesce(_versions.c.last_used, 0.0) < last,
+            func.coalesce(_versions.c.last_used, _versions.c.created) < last,
         )
         rows = [
             {"of_tenant": tenant, "of_name": name, "of_number": number, "used": when}

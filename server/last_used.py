@@ -26,7 +26,9 @@ class LastUsed:
 
     def of(self, version: AdapterVersion) -> float | None:
         """Seconds since the epoch; None: never."""
-        return self._noted.get((version.tenant, version.name, version.number), version.last_used)
+        noted = self._noted.get((version.tenant, version.name, version.number), version.created)
+        # What was noted before it was made speaks of a deleted version, whose number it has.
+        return noted if noted > version.created else version.last_used
 
     async def flush(self) -> None:
         """Write down what was noted. What cannot be written is kept for the next time. Raises StoreUnavailable."""

@@ -219,7 +219,7 @@ def test_an_etag_changes_with_every_change(store: Store, push: Push) -> None:
     assert len(set(seen)) == len(seen)
     push("acme", "bot", 2)
     store.set_tag("acme", "bot", "latest", "v1")
-    store.touch({("acme", "bot", 1): 1.0})
+    store.touch({("acme", "bot", 1): store.get("acme", "bot").latest.created + 1})
     assert store.get("acme", "bot").etag == seen[-1]  # nothing has changed
 
 
@@ -544,12 +544,12 @@ def test_no_version_loses_a_blob_to_a_sweep(open_store: Callable[..., Store], tm
 
 
 def test_the_last_use_of_a_version(store: Store, push: Push) -> None:
-    push("acme", "bot", 1)
+    made = push("acme", "bot", 1).created
     push("acme", "bot", 2)
-    store.touch({("acme", "bot", 1): 5.0, ("acme", "bot", 9): 5.0, ("other", "bot", 1): 5.0})
-    store.touch({("acme", "bot", 1): 4.0})
+    store.touch({("acme", "bot", 1): made + 5, ("acme", "bot", 9): made + 5, ("other", "bot", 1): made + 5})
+    store.touch({("acme", "bot", 1): made + 4, ("acme", "bot", 2): made - 1})
     store.touch({})
-    assert [version.last_used for version in store.get("acme", "bot").versions] == [None, 5.0]
+    assert [version.last_used for version in store.get("acme", "bot").versions] == [None, made + 5]
 
 
 def test_writing_down_use_never_blocks_deleting(store: Store, push: Push) -> None:

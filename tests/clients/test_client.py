@@ -4,60 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import re
 import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from medley_client import ApiError, AsyncMedley, CannotConnect, Medley, MedleyError, cli
-from medley_client.cli import main
+from medley_client import ApiError, AsyncMedley, CannotConnect, Medley, MedleyError
+from medley_client.cli import console, main
 from medley_client.convert import convert
-from medley_client.upload import find_files
+from medley_client.files import find_files
+from tests.clients.conftest import Command
 from tests.conftest import TinyModels
-from tests.live import Live, live_server
-from tests.parity.variants import VARIANTS, make_adapter
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(VARIANTS[0], "llama", tiny_models("llama"), tmp_path_factory.mktemp("a") / "my-bot")
-
-
-@pytest.fixture(scope="module")
-def live(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(tiny_models("llama"), tmp_path_factory.mktemp("live")) as server:
-        yield server
-
-
-@pytest.fixture
-def command(live: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    monkeypatch.setenv("MEDLEY_URL", live.url)
-    monkeypatch.setenv("MEDLEY_API_KEY", live.keys["acme"])
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        status = main(arguments)
-        shown = capsys.readouterr()
-        return status, shown.out, shown.err
-
-    return run
+from tests.live import Live
 
 
 def test_push_with_progress_list_show_generate_delete(live: Live, adapter: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     with live.client() as client:
-        pushed = client.adapters.push(adapter, "bot", progress=lambda sent, total: seen.append((sent, total)))
+        pushed = client.adapters.push(adapter, "bot", progress=lambda *state: seen.append(state))
         assert (pushed.version, pushed.facts["method"]) == ("v1", "LORA")
-        assert seen[-1][0] == seen[-1][1] > adapter.joinpath("adapter_model.safetensors").stat().st_size
+        assert [what for what, done, total in seen if done == total > 0] == ["hashing", "sending", "sending"]
         assert [item.name for item in client.adapters.list()] == ["bot"]
         assert client.adapters.show("bot").versions[0].digest == pushed.digest
         assert client.models()[-1] == "bot"
@@ -94,7 +68,7 @@ def test_archives_can_be_pushed(live: Live, adapter: Path, tmp_path: Path) -> No
         client.adapters.delete("bot")
 
 
-def test_command_line(command: Any, adapter: Path) -> None:
+def test_command_line(command: Command, adapter: Path) -> None:
     assert command("ls") == (0, "no adapters yet; push one with: medley push DIR\n", "")
     status, out, _ = command("push", str(adapter))
     assert status == 0
@@ -125,7 +99,7 @@ def tuned_model(base: Path, directory: Path) -> Path:
 
 
 def test_fine_tuned_models_are_pushed_exact_or_compressed(
-    command: Any, live: Live, tiny_models: TinyModels, tmp_path: Path
+    command: Command, live: Live, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     directory = tuned_model(tiny_models("llama"), tmp_path / "tuned")
     status, _, err = command("push", str(directory))
@@ -145,7 +119,7 @@ def test_fine_tuned_models_are_pushed_exact_or_compressed(
     assert command("rm", "tuned")[0] == 0
 
 
-def test_options_of_fine_tuned_models_are_for_them_alone(command: Any, adapter: Path, tmp_path: Path) -> None:
+def test_options_of_fine_tuned_models_are_for_them_alone(command: Command, adapter: Path, tmp_path: Path) -> None:
     status, _, err = command("push", str(adapter), "--rank", "3")
     assert status == 1
     assert "fine-tuned models" in err
@@ -156,7 +130,7 @@ def test_options_of_fine_tuned_models_are_for_them_alone(command: Any, adapter: 
     assert "max_shard_size" in err
 
 
-def test_command_line_shows_every_fault(command: Any, adapter: Path, tmp_path: Path) -> None:
+def test_command_line_shows_every_fault(command: Command, adapter: Path, tmp_path: Path) -> None:
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / file).write_bytes((adapter / file).read_bytes())
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"use_qalora": True, "made_up": 1}
@@ -176,13 +150,32 @@ def test_nobody_there_is_status_3(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_usage_and_help() -> None:
-    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
     for arguments, status in ((["--help"], 0), (["push", "--help"], 0), ([], 2), (["nonsense"], 2), (["push"], 2)):
-        finished = subprocess.run(
-            [sys.executable, "-m", "medley_client.cli", *arguments], capture_output=True, text=True, env=environment
-        )
+        finished = subprocess.run([sys.executable, "-m", "medley_client.cli", *arguments], capture_output=True)
         assert finished.returncode == status
-        assert all(len(line) <= 80 for line in finished.stdout.splitlines())
+
+
+def test_help_of_every_command_fits_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert {"push", "pull", "tag", "rollback", "alias", "pin", "load"} <= set(commands)
+    for command in commands:
+        if command != "serve":
+            with pytest.raises(SystemExit) as ended:
+                main([command, "--help"])
+            assert ended.value.code == 0
+            assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(5, "5 s ago"), (300, "5 min ago"), (7200, "2 h ago"), (900000, "10 days ago"), (-5, "0 s ago")]
+)
+def test_how_long_ago(seconds: float, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    assert console.ago(1e9 - seconds) == shown
+    assert console.ago(None) == "never"
 
 
 @pytest.mark.parametrize(
@@ -295,6 +288,6 @@ def test_convert_runs_no_code(tmp_path: Path) -> None:
 
 
 def test_what_others_wrote_does_not_steer_the_terminal() -> None:
-    assert cli._printable("a\x1b[31m\x9b2J\tb\r\nüß") == "a\ufffd[31m\ufffd2J\tb\ufffd\nüß"
-    assert cli._some(["a", "b"]) == "a, b"
-    assert cli._some(["x"] * 20).endswith("(20 in all)")
+    assert console.printable("a\x1b[31m\x9b2J\tb\r\nüß") == "a\ufffd[31m\ufffd2J\tb\ufffd\nüß"
+    assert console.some(["a", "b"]) == "a, b"
+    assert console.some(["x"] * 20).endswith("(20 in all)")

@@ -1,21 +1,25 @@
-"""The clients: ``Medley`` and, with ``await``, ``AsyncMedley``. Both only carry what ``wire`` and ``upload`` make and read."""
+"""The clients: ``Medley`` and, with ``await``, ``AsyncMedley``. Both only carry out what flows ask for (see ``flow``)."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import closing
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
-from medley_client import wire
-from medley_client.errors import CannotConnect
-from medley_client.types import Adapter, AdapterChoice, Classified, Generated, PushedAdapter, Token
-from medley_client.upload import Progress, Upload, find_files
+from medley_client import flow, wire
+from medley_client.adapters import Adapters, AsyncAdapters
+from medley_client.aliases import Aliases, AsyncAliases
+from medley_client.errors import CannotConnect, ConnectionBroke
+from medley_client.flow import Call, Done, Flow, Pause, Reply, Work, advance, read_error
+from medley_client.types import AdapterChoice, Classified, Generated, Token
+
+T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
@@ -31,7 +35,21 @@ def _options(base_url: str | None, api_key: str | None, timeout: float | None) -
 
 
 def _unreachable(url: httpx.URL, error: httpx.TransportError) -> CannotConnect:
-    return CannotConnect(f"no server answers at {url} ({type(error).__name__}); start one with `medley serve`, or set MEDLEY_URL")
+    kind = type(error).__name__
+    if isinstance(error, (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)):
+        return ConnectionBroke(f"the connection to {url} broke ({kind})")
+    return CannotConnect(f"no server answers at {url} ({kind}); start one with `medley serve`, or set MEDLEY_URL")
+
+
+def _content(call: Call) -> dict[str, Any]:
+    """What httpx is told of a call, without a body that is streamed."""
+    headers = {**call.headers, **(call.body.headers if call.body else {})}
+    return {"params": call.params, "headers": headers, "json": call.json}
+
+
+async def _each(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk
 
 
 class Medley:
@@ -42,7 +60,8 @@ class Medley:
 
     def __init__(self, base_url: str | None = None, api_key: str | None = None, *, timeout: float | None = None) -> None:
         self._http = httpx.Client(**_options(base_url, api_key, timeout))
-        self.adapters = Adapters(self)
+        self.adapters = Adapters(self.run, str(self._http.base_url))
+        self.aliases = Aliases(self.run)
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +75,8 @@ class Medley:
     def generate(self, prompt: str, *, adapter: AdapterChoice | None = None, **parameters: Any) -> Generated:
         """Text after a prompt. ``adapter`` is a name, or several names with weights; None is the base model.
 
-        ``parameters`` are those of /generate (max_new_tokens, temperature, seed, stop, adapter_drop, …).
+        ``parameters`` are those of /generate (max_new_tokens, temperature, seed, stop, adapter_drop, …); with an alias, ``user`` chooses
+        which of its adapters answers.
         """
         return wire.read_generated(self.request(wire.generate(prompt, adapter, False, parameters)))
 
@@ -66,7 +86,7 @@ class Medley:
         try:
             with self._http.stream(call.method, call.path, json=call.json) as response:
                 if response.is_error:
-                    raise wire.read_error(response.status_code, response.read().decode("utf-8", "replace"), response.headers)
+                    raise read_error(response.status_code, response.read().decode("utf-8", "replace"), response.headers)
                 for line in response.iter_lines():
                     if (token := wire.read_event(line)) is not None:
                         yield token
@@ -78,68 +98,62 @@ class Medley:
         return str(self.request(wire.chat(messages, adapter, parameters))["choices"][0]["message"]["content"])
 
     def classify(
-        self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None, adapter_drop: int | None = None
+        self,
+        inputs: Sequence[str],
+        *,
+        adapter: AdapterChoice | None = None,
+        adapter_drop: int | None = None,
+        user: str | None = None,
     ) -> list[Classified]:
         """What the adapter's classifier says of each text."""
-        return wire.read_classified(self.request(wire.classify(inputs, adapter, adapter_drop)))
+        return wire.read_classified(self.request(wire.classify(inputs, adapter, adapter_drop, user)))
 
     def embed(
-        self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None, adapter_drop: int | None = None
+        self,
+        inputs: Sequence[str],
+        *,
+        adapter: AdapterChoice | None = None,
+        adapter_drop: int | None = None,
+        user: str | None = None,
     ) -> list[list[float]]:
         """A vector of unit length for each text."""
-        return wire.read_embedded(self.request(wire.embed(inputs, adapter, adapter_drop)))
+        return wire.read_embedded(self.request(wire.embed(inputs, adapter, adapter_drop, user)))
 
     def models(self) -> list[str]:
         """Names that can be asked for: the base first, then the tenant's adapters."""
-        return [item["id"] for item in self.request(wire.Call("GET", "/v1/models"))["data"]]
+        return [item["id"] for item in self.request(Call("GET", "/v1/models"))["data"]]
 
-    def request(self, call: wire.Call, upload: Upload | None = None) -> Any:
+    def request(self, call: Call) -> Any:
         """Send a call and return the reply's JSON. Raises ApiError and CannotConnect."""
-        attempt = 0
-        while True:
-            sent: dict[str, Any] = {"json": call.json} if upload is None else {"content": iter(upload), "headers": upload.headers}
-            try:
-                response = self._http.request(call.method, call.path, params=call.params, **sent)
-            except httpx.TransportError as error:
-                raise _unreachable(self._http.base_url, error) from error
-            if not response.is_error:
-                return response.json()
-            wait = wire.retry_wait(attempt, response.status_code, response.headers)
-            if wait is None:
-                raise wire.read_error(response.status_code, response.text, response.headers)
-            attempt += 1
-            time.sleep(wait)
+        return self.run(flow.request(call))
 
+    def run(self, work: Flow[T]) -> T:
+        """Do what a flow asks for, and return what it returns. Raises MedleyError."""
+        with closing(work):
+            outcome: Any = None
+            while not isinstance(step := advance(work, outcome), Done):
+                outcome = self._do(step)
+            return step.value
 
-class Adapters:
-    """The tenant's adapters on the server."""
+    def _do(self, step: Call | Pause | Work) -> Any:
+        if isinstance(step, Work):
+            return step.run()
+        if isinstance(step, Pause):
+            return time.sleep(step.seconds)
+        try:
+            return self._send(step)
+        except httpx.TransportError as error:
+            return _unreachable(self._http.base_url, error)
 
-    def __init__(self, client: Medley) -> None:
-        self._client = client
-
-    def push(
-        self, source: str | Path, name: str, *, rank: int | None = None, exact: bool = False, progress: Progress | None = None
-    ) -> PushedAdapter:
-        """Upload an adapter directory, or a zip or tar of one; or a fine-tuned model with ``rank`` or ``exact`` (see ``find_files``)."""
-        files = find_files(Path(source), rank=rank, exact=exact)
-        return wire.read_pushed(self._client.request(wire.Call("POST", "/v1/adapters"), Upload(files, name, progress)))
-
-    def list(self) -> list[Adapter]:
-        """All adapters, by name."""
-        found: list[Adapter] = []
-        after: str | None = ""
-        while after is not None:
-            page = self._client.request(wire.Call("GET", "/v1/adapters", params={"limit": 1000, "after": after}))
-            found += [wire.read_adapter(item) for item in page["data"]]
-            after = page["next"]
-        return found
-
-    def show(self, name: str) -> Adapter:
-        return wire.read_adapter(self._client.request(wire.Call("GET", f"/v1/adapters/{name}")))
-
-    def delete(self, reference: str) -> int:
-        """Remove a name, or one version of it (``name@v2``). Returns how many versions went."""
-        return len(self._client.request(wire.Call("DELETE", f"/v1/adapters/{reference}"))["deleted"])
+    def _send(self, call: Call) -> Reply:
+        content = None if call.body is None else iter(call.body)
+        with self._http.stream(call.method, call.path, content=content, **_content(call)) as response:
+            if call.sink is None or response.is_error:
+                return Reply(response.status_code, response.headers, response.read())
+            call.sink.begin()
+            for chunk in response.iter_bytes():
+                call.sink.write(chunk)
+            return Reply(response.status_code, response.headers)
 
 
 class AsyncMedley:
@@ -147,7 +161,8 @@ class AsyncMedley:
 
     def __init__(self, base_url: str | None = None, api_key: str | None = None, *, timeout: float | None = None) -> None:
         self._http = httpx.AsyncClient(**_options(base_url, api_key, timeout))
-        self.adapters = AsyncAdapters(self)
+        self.adapters = AsyncAdapters(self.run, str(self._http.base_url))
+        self.aliases = AsyncAliases(self.run)
 
     async def __aenter__(self) -> Self:
         return self
@@ -168,9 +183,7 @@ class AsyncMedley:
         try:
             async with self._http.stream(call.method, call.path, json=call.json) as response:
                 if response.is_error:
-                    raise wire.read_error(
-                        response.status_code, (await response.aread()).decode("utf-8", "replace"), response.headers
-                    )
+                    raise read_error(response.status_code, (await response.aread()).decode("utf-8", "replace"), response.headers)
                 async for line in response.aiter_lines():
                     if (token := wire.read_event(line)) is not None:
                         yield token
@@ -181,60 +194,54 @@ class AsyncMedley:
         return str((await self.request(wire.chat(messages, adapter, parameters)))["choices"][0]["message"]["content"])
 
     async def classify(
-        self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None, adapter_drop: int | None = None
+        self,
+        inputs: Sequence[str],
+        *,
+        adapter: AdapterChoice | None = None,
+        adapter_drop: int | None = None,
+        user: str | None = None,
     ) -> list[Classified]:
-        return wire.read_classified(await self.request(wire.classify(inputs, adapter, adapter_drop)))
+        return wire.read_classified(await self.request(wire.classify(inputs, adapter, adapter_drop, user)))
 
     async def embed(
-        self, inputs: Sequence[str], *, adapter: AdapterChoice | None = None, adapter_drop: int | None = None
+        self,
+        inputs: Sequence[str],
+        *,
+        adapter: AdapterChoice | None = None,
+        adapter_drop: int | None = None,
+        user: str | None = None,
     ) -> list[list[float]]:
-        return wire.read_embedded(await self.request(wire.embed(inputs, adapter, adapter_drop)))
+        return wire.read_embedded(await self.request(wire.embed(inputs, adapter, adapter_drop, user)))
 
     async def models(self) -> list[str]:
-        return [item["id"] for item in (await self.request(wire.Call("GET", "/v1/models")))["data"]]
+        return [item["id"] for item in (await self.request(Call("GET", "/v1/models")))["data"]]
 
-    async def request(self, call: wire.Call, upload: Upload | None = None) -> Any:
-        attempt = 0
-        while True:
-            sent: dict[str, Any] = (
-                {"json": call.json} if upload is None else {"content": upload.stream(), "headers": upload.headers}
-            )
-            try:
-                response = await self._http.request(call.method, call.path, params=call.params, **sent)
-            except httpx.TransportError as error:
-                raise _unreachable(self._http.base_url, error) from error
-            if not response.is_error:
-                return response.json()
-            wait = wire.retry_wait(attempt, response.status_code, response.headers)
-            if wait is None:
-                raise wire.read_error(response.status_code, response.text, response.headers)
-            attempt += 1
-            await asyncio.sleep(wait)
+    async def request(self, call: Call) -> Any:
+        return await self.run(flow.request(call))
 
+    async def run(self, work: Flow[T]) -> T:
+        with closing(work):
+            outcome: Any = None
+            while not isinstance(step := advance(work, outcome), Done):
+                outcome = await self._do(step)
+            return step.value
 
-class AsyncAdapters:
-    """The tenant's adapters on the server."""
+    async def _do(self, step: Call | Pause | Work) -> Any:
+        if isinstance(step, Work):
+            return await asyncio.to_thread(step.run)
+        if isinstance(step, Pause):
+            return await asyncio.sleep(step.seconds)
+        try:
+            return await self._send(step)
+        except httpx.TransportError as error:
+            return _unreachable(self._http.base_url, error)
 
-    def __init__(self, client: AsyncMedley) -> None:
-        self._client = client
-
-    async def push(
-        self, source: str | Path, name: str, *, rank: int | None = None, exact: bool = False, progress: Progress | None = None
-    ) -> PushedAdapter:
-        files = find_files(Path(source), rank=rank, exact=exact)
-        return wire.read_pushed(await self._client.request(wire.Call("POST", "/v1/adapters"), Upload(files, name, progress)))
-
-    async def list(self) -> list[Adapter]:
-        found: list[Adapter] = []
-        after: str | None = ""
-        while after is not None:
-            page = await self._client.request(wire.Call("GET", "/v1/adapters", params={"limit": 1000, "after": after}))
-            found += [wire.read_adapter(item) for item in page["data"]]
-            after = page["next"]
-        return found
-
-    async def show(self, name: str) -> Adapter:
-        return wire.read_adapter(await self._client.request(wire.Call("GET", f"/v1/adapters/{name}")))
-
-    async def delete(self, reference: str) -> int:
-        return len((await self._client.request(wire.Call("DELETE", f"/v1/adapters/{reference}")))["deleted"])
+    async def _send(self, call: Call) -> Reply:
+        content = None if call.body is None else _each(call.body)
+        async with self._http.stream(call.method, call.path, content=content, **_content(call)) as response:
+            if call.sink is None or response.is_error:
+                return Reply(response.status_code, response.headers, await response.aread())
+            call.sink.begin()
+            async for chunk in response.aiter_bytes():
+                call.sink.write(chunk)
+            return Reply(response.status_code, response.headers)

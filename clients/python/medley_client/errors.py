@@ -1,8 +1,9 @@
 """What can go wrong.
 
 MedleyError
-├── CannotConnect    nobody answers at the address
-└── ApiError         the server refused or failed; code, status, faults, request id
+├── CannotConnect        nobody answers at the address
+│   └── ConnectionBroke  somebody did, and then the connection broke
+└── ApiError             the server refused or failed; code, status, faults, request id
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ class MedleyError(Exception):
 
 
 class CannotConnect(MedleyError):
-    """Nobody answers at the address, or the connection broke."""
+    """Nobody answers at the address, or not in time."""
+
+
+class ConnectionBroke(CannotConnect):
+    """The connection broke while a request was under way: it may have been done or not."""
 
 
 class ApiError(MedleyError):

@@ -1,18 +1,20 @@
-"""A multipart body that streams an adapter's files from disk and counts what was sent; and which files those are."""
+"""Which files make an adapter, on the user's disk. Knows nothing of how they are sent."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from medley_client.convert import HEAD_PICKLE, NAMES
 from medley_client.errors import MedleyError
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes sent, bytes in all)."""
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done (``hashing``, ``sending``, ``receiving``), and how many bytes of how many are through."""
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SETS = (
@@ -23,7 +25,7 @@ _SETS = (
 )
 _MORE = ("head_config.json", "model_head.safetensors", "labels.json")
 _MODEL_CONFIG, _MODEL_WEIGHTS = "config.json", "model.safetensors"
-_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 _CHUNK = 256 << 10
 
 
@@ -38,54 +40,26 @@ class File:
     def nbytes(self) -> int:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
-    def chunks(self) -> Iterator[bytes]:
-        if isinstance(self.content, bytes):
-            yield self.content
-            return
-        with self.content.open("rb") as handle:
-            while chunk := handle.read(_CHUNK):
+    def chunks(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes from ``start`` to before ``end``."""
+        with self._open() as handle:
+            handle.seek(start)
+            left = (self.nbytes if end is None else end) - start
+            while left > 0 and (chunk := handle.read(min(_CHUNK, left))):
                 yield chunk
+                left -= len(chunk)
 
+    def digest(self, report: Callable[[int], None]) -> str:
+        """``sha256:…`` of the bytes. ``report`` is called with how many are through."""
+        found, through = hashlib.sha256(), 0
+        for chunk in self.chunks():
+            found.update(chunk)
+            through += len(chunk)
+            report(through)
+        return f"sha256:{found.hexdigest()}"
 
-class Upload:
-    """Files as multipart/form-data. May be read several times, for retries."""
-
-    def __init__(self, files: list[File], name: str, progress: Progress | None) -> None:
-        self._boundary = secrets.token_hex(16)
-        self._progress = progress
-        self._parts: list[tuple[bytes, File | None]] = [(self._head("name") + name.encode() + b"\r\n", None)]
-        self._parts += [(self._head("files", file.name), file) for file in files]
-        self._end = f"--{self._boundary}--\r\n".encode()
-        self.total = len(self._end) + sum(len(head) + (file.nbytes + 2 if file else 0) for head, file in self._parts)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"content-type": f"multipart/form-data; boundary={self._boundary}", "content-length": str(self.total)}
-
-    def __iter__(self) -> Iterator[bytes]:
-        sent = 0
-        for chunk in self._chunks():
-            yield chunk
-            sent += len(chunk)
-            if self._progress is not None:
-                self._progress(sent, self.total)
-
-    async def stream(self) -> AsyncIterator[bytes]:
-        """The same for an asynchronous client."""
-        for chunk in self:
-            yield chunk
-
-    def _chunks(self) -> Iterator[bytes]:
-        for head, file in self._parts:
-            yield head
-            if file is not None:
-                yield from file.chunks()
-                yield b"\r\n"
-        yield self._end
-
-    def _head(self, field: str, filename: str | None = None) -> bytes:
-        extra = "" if filename is None else f'; filename="{filename}"\r\nContent-Type: application/octet-stream'
-        return f'--{self._boundary}\r\nContent-Disposition: form-data; name="{field}"{extra}\r\n\r\n'.encode()
+    def _open(self) -> BinaryIO:
+        return io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content.open("rb")
 
 
 def find_files(source: Path, *, rank: int | None = None, exact: bool = False) -> list[File]:
@@ -100,8 +74,8 @@ def find_files(source: Path, *, rank: int | None = None, exact: bool = False) ->
     if rank is not None or exact:
         raise MedleyError(f"--rank and --exact are for fine-tuned models (a directory with {_MODEL_CONFIG}); {source} is none")
     if source.is_file():
-        if not source.name.endswith(_ARCHIVES):
-            raise MedleyError(f"{source} is not an adapter directory, and no {', '.join(_ARCHIVES)} either")
+        if not source.name.endswith(ARCHIVES):
+            raise MedleyError(f"{source} is not an adapter directory, and no {', '.join(ARCHIVES)} either")
         return [File(source.name, source)]
     if not source.is_dir():
         raise MedleyError(f"{source} does not exist")
