@@ -40,14 +40,16 @@ async def probe(
             continue
         if expected == "disk":
             _forget_pages(programs[number])
-        before = await hits(http)
-        reply = await traffic.ask(ask, tokens=2)
-        if reply.code:
-            continue
-        while (after := await hits(http)) == before:
-            await asyncio.sleep(0.05)
-        (tier,) = (tier for tier in TIERS if after[tier] > before[tier])
-        found[tier].append(reply.first_token_s)
+        # Once more, because it is resident now.
+        for _ in range(2):
+            before = await hits(http)
+            reply = await traffic.ask(ask, tokens=2)
+            if reply.code:
+                break
+            while (after := await hits(http)) == before:
+                await asyncio.sleep(0.05)
+            (tier,) = (tier for tier in TIERS if after[tier] > before[tier])
+            found[tier].append(reply.first_token_s)
         if all(len(seconds) >= wanted for seconds in found.values()):
             break
     return found

@@ -28,8 +28,6 @@ from server.engine.base_dir import BaseDir
 from tests.live import Live, live_server
 
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
-FEW = 16
-"""Adapters that requests of a block without loads ask for: half of what the device holds."""
 _BUSY, _CAPACITY_REQUESTS = 16, 32
 """Requests at once, and in all, when the base's capacity is measured."""
 _STEADY = 3
@@ -55,6 +53,11 @@ class Plan:
     threads: int
     dtype: str
     seed: int
+
+    @property
+    def few(self) -> int:
+        """Adapters that requests of a block without loads ask for: half of what the device holds."""
+        return max(1, self.device // 2)
 
 
 @dataclass(slots=True)
@@ -124,7 +127,7 @@ def run_zipf(plan: Plan, base: BaseDir, data_dir: Path) -> ZipfReport:
         capacity = asyncio.run(_capacity(Traffic(live.url, live.keys, vocab, random.Random(plan.seed))))
     stock = Stock(plan.adapters, TENANTS)
     rng = random.Random(plan.seed)
-    warming = [*range(FEW), *stock.draw(rng, 2 * (plan.device + plan.host))]
+    warming = [*range(plan.few), *stock.draw(rng, 2 * (plan.device + plan.host))]
     draws = [stock.draw(rng, int(2 * capacity * plan.load * plan.seconds) + 10) for _ in range(plan.rounds)]
     used = {*warming, *(number for draw in draws for number in draw)}
     kind = SmallLora.of(base.path, rank=plan.rank, scale=0.02)
@@ -169,7 +172,7 @@ class _Run:
                 async with watched_memory() as memory:
                     for number, draw in enumerate(draws):
                         progress.update(step, advance=1, description="without loads")
-                        await self._block(self._report.without_loads, [drawn % FEW for drawn in draw], number)
+                        await self._block(self._report.without_loads, [drawn % plan.few for drawn in draw], number)
                         progress.update(step, advance=1, description="with loads")
                         await self._block(self._report.with_loads, draw, number)
                     progress.update(step, advance=1, description="probing the tiers")
@@ -183,7 +186,7 @@ class _Run:
     async def _block(self, block: Block, numbers: Sequence[int], seed: int) -> None:
         plan = self._report.plan
         # What a block without loads asks for is resident from its first request on.
-        await self._traffic.closed([self._ask(number) for number in range(FEW)], at_once=_WARMING, tokens=1)
+        await self._traffic.closed([self._ask(number) for number in range(plan.few)], at_once=_WARMING, tokens=1)
         http = self._traffic.https[TENANTS[0]]
         await asyncio.sleep(_SETTLE_S)
         before = await hits(http)
