@@ -13,7 +13,6 @@ All of it is on one filesystem, one that knows hard links.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,14 +28,15 @@ from adapter_store.blob_cache import BlobCache
 from adapter_store.blob_records import OWNED_S, UNTOUCHED_S, BlobRecords
 from adapter_store.blobs import BlobStore, LocalBlobs
 from adapter_store.catalog import Catalog, Once
+from adapter_store.children import with_children
 from adapter_store.database import Database
 from adapter_store.durable import CHUNK, clear_directories
-from adapter_store.errors import AdapterNotFound, AdapterRejected, BlobCorrupt, BlobNotFound, Fault, InvalidName
+from adapter_store.errors import BlobCorrupt, BlobNotFound
 from adapter_store.idempotency import Idempotency, publish_fingerprint
 from adapter_store.manifest import Reference, check_name, check_tag, parse_reference
 from adapter_store.object_blobs import ObjectBlobs
 from adapter_store.pins import Pins
-from adapter_store.staging import StagedAdapter, StagedFile, Staging
+from adapter_store.staging import StagedAdapter, StagedFile, Staging, Writer
 from adapter_store.types import (
     ALWAYS,
     LATEST,
@@ -111,23 +111,7 @@ class Store:
     def with_children(self, tenant: str, staged: StagedAdapter) -> StagedAdapter:
         """A fusion together with the files of the tenant's adapters that it names, as they are now: what becomes of those later does not
         touch it. Other uploads as they are. Raises AdapterRejected with every name that means no adapter, BlobCorrupt."""
-        files: list[StagedFile] = []
-        faults: list[Fault] = []
-        for name in staged.children:
-            try:
-                version = self._catalog.resolve(tenant, Reference(check_name(name), tag=LATEST))
-            except (AdapterNotFound, InvalidName):
-                message = f"store the adapter that the fusion calls {name[:64]!r} under this name first"
-                faults.append(Fault("missing_child", "adapter_fusion_config.json: name", message, found=name[:64]))
-                continue
-            for file in version.files:
-                if file.role in ("config", "weights"):
-                    path = staged.files[0].path.with_name(f"child-{len(files)}")
-                    self._blobs.link(file.sha256, path)
-                    files.append(StagedFile(f"child/{name}/{file.role}", f"{name}/{file.name}", path, file.sha256, file.nbytes))
-        if faults:
-            raise AdapterRejected(faults)
-        return staged.with_files(files) if files else staged
+        return with_children(staged, lambda name: self._catalog.resolve(tenant, Reference(name, tag=LATEST)), self._blobs.link)
 
     def fingerprint(self, name: str, staged: StagedAdapter, tag: str = LATEST) -> str:
         """What ``commit`` compares under an idempotency key."""
@@ -230,12 +214,10 @@ class Store:
         if absent:
             raise BlobNotFound(f"you own no such blobs; upload them: {', '.join(absent)}")
         for name, sha256 in files.items():
-            digest = hashlib.sha256()
             with self.open_blob(tenant, sha256) as reader, staging.open(name) as writer:
                 while chunk := reader.read(CHUNK):
-                    digest.update(chunk)
                     writer.write(chunk)
-            if digest.hexdigest() != sha256:
+            if isinstance(writer, Writer) and writer.sha256 != sha256:
                 raise BlobCorrupt(f"blob {sha256[:12]} is damaged; upload it again")
 
     def begin_blob(self, tenant: str) -> str:

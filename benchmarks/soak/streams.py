@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from medley_client.wire import read_error
+from medley_client.flow import read_error
 
 HANG_S = 30.0
 """Longest wait for a token; what takes longer hangs."""

@@ -20,7 +20,7 @@ from benchmarks.soak.churn import PROMPTS, STREAMS, TOKENS, Churn
 from benchmarks.soak.history import History
 from benchmarks.soak.references import Adapters, make_adapters
 from benchmarks.soak.scrape import Figures
-from medley_client.wire import read_error
+from medley_client.flow import read_error
 from tests.conftest import TinyModels
 from tests.live import Live, live_server
 
