@@ -36,7 +36,7 @@ from adapter_store.idempotency import Idempotency, publish_fingerprint
 from adapter_store.manifest import Reference, check_name, check_tag, parse_reference
 from adapter_store.object_blobs import ObjectBlobs
 from adapter_store.pins import Pins
-from adapter_store.staging import StagedAdapter, StagedFile, Staging, Writer
+from adapter_store.staging import StagedAdapter, Staging, Writer
 from adapter_store.types import (
     ALWAYS,
     LATEST,

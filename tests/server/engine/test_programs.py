@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter_store.residency import check_transition
+from adapter_store.residency import TRANSITIONS
 from server.adapters.ir import LinearEdit, Program
 from server.adapters.program_file import write_program
 from server.engine import loader, programs
@@ -313,7 +313,8 @@ def test_every_history_is_legal(model: Path, make: Make) -> None:
     run(engine, [greedy(str(index), PROMPT, refs[index % 3], tenant=str(index % 2)) for index in range(9)])
     current = {}
     for event in engine.take_events():
-        check_transition(current.get(event.program_id, "stored"), event.state.value)
+        before = current.get(event.program_id, "stored")
+        assert event.state == before or event.state in TRANSITIONS[before], (before, event)
         current[event.program_id] = event.state.value
 
 
