@@ -182,10 +182,10 @@ class Catalog:
         with self._database.read() as connection:
             return lookup.find_digests(connection, digests)
 
-    def tenants_of(self, digest: str) -> set[str]:
-        """The tenants that have a version with this digest."""
+    def present(self, digests: Collection[str]) -> set[str]:
+        """Those of which some tenant has a version."""
         with self._database.read() as connection:
-            return set(connection.execute(select(_versions.c.tenant).where(_versions.c.digest == digest).distinct()).scalars())
+            return lookup.present_digests(connection, digests)
 
     def _add(
         self, connection: Connection, row: Row[Any], digest: str, files: tuple[VersionFile, ...], facts: dict[str, Any]

@@ -6,7 +6,7 @@ Everything works on a connection, so that a caller can look and change in one tr
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from sqlalchemy import Column, Connection, Row, Table, and_, bindparam, select
@@ -86,12 +86,20 @@ def find_record(connection: Connection, tenant: str, name: str) -> AdapterRecord
     return records[0] if records else None
 
 
+def present_digests(connection: Connection, digests: Collection[str]) -> set[str]:
+    """Those that some tenant has a version of."""
+    return {
+        digest
+        for some in _chunks(digests)
+        for (digest,) in connection.execute(select(_versions.c.digest).where(_versions.c.digest.in_(some)).distinct())
+    }
+
+
 def find_digests(connection: Connection, digests: Collection[str]) -> list[AdapterVersion]:
     """All versions of all tenants with these digests."""
-    found, wanted = [], sorted(digests)
-    for start in range(0, len(wanted), _MAX_IN):
-        some = _versions.c.digest.in_(wanted[start : start + _MAX_IN])
-        query = select(_versions.c.tenant, _versions.c.name, _versions.c.number).where(some)
+    found = []
+    for some in _chunks(digests):
+        query = select(_versions.c.tenant, _versions.c.name, _versions.c.number).where(_versions.c.digest.in_(some))
         for tenant, name, number in connection.execute(query.order_by(*query.selected_columns)).all():
             version = find_version(connection, tenant, Reference(name, number=number))
             assert version is not None, "one transaction sees one state"
@@ -109,6 +117,12 @@ def not_found(name: str) -> AdapterNotFound:
     return AdapterNotFound(
         f"there is no adapter {name!r}, or no such version or tag of it; push it, or list yours with GET /v1/adapters"
     )
+
+
+def _chunks(digests: Collection[str]) -> Iterator[list[str]]:
+    wanted = sorted(digests)
+    for start in range(0, len(wanted), _MAX_IN):
+        yield wanted[start : start + _MAX_IN]
 
 
 def _adapters(tenant: str) -> Select[Any]:

@@ -163,13 +163,9 @@ class Store:
         """Up to ``limit`` adapters by name, those after ``after``. Raises InvalidName when ``after`` can be no name."""
         return self._catalog.page(tenant, limit, after and check_name(after))
 
-    def has_digest(self, digest: str) -> bool:
-        """Whether any tenant has an adapter of these files. For the server's own care of what it made of them, never for an answer."""
-        return bool(self._catalog.tenants_of(digest))
-
-    def tenants_of(self, digest: str) -> set[str]:
-        """The tenants that have an adapter of these files. For the server's own care, never for an answer."""
-        return self._catalog.tenants_of(digest)
+    def absent(self, digests: Collection[str]) -> set[str]:
+        """Those of which no tenant has an adapter. For the server's own care of what it made of them, never for an answer."""
+        return set(digests) - self._catalog.present(digests)
 
     def names_of(self, digests: Collection[str]) -> dict[str, list[AdapterVersion]]:
         """All versions of all tenants with these digests. For operators only."""

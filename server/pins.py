@@ -32,6 +32,10 @@ class Pins:
         self._held: dict[str, tuple[int, ExitStack]] = {}
         self._changing = asyncio.Lock()
 
+    def __contains__(self, digest: str) -> bool:
+        """Whether somebody pinned an adapter."""
+        return digest in self._held
+
     async def pin(self, version: AdapterVersion) -> None:
         """Keep a version of a tenant's on the device. Raises PinLimit, and what lowering raises."""
         async with self._changing:

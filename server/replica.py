@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Collection
 from contextlib import aclosing
 
 from adapter_store.errors import StoreError, StoreUnavailable
@@ -100,8 +101,7 @@ class Replica:
     async def delete(self, digests: list[str]) -> None:
         """Adapters were deleted here: free what nobody has any more, on all replicas."""
         self.announce(deleted(digests))
-        await self._pins.sync()
-        await self._drop_unused(digests)
+        await self._drop_deleted(digests)
 
     def tell_pins(self) -> None:
         """Pins were changed here: have the other replicas look."""
@@ -129,20 +129,20 @@ class Replica:
             await self._registry.publish(self.name, program_id, state.value)
 
     async def _heed(self, message: Message) -> None:
-        if message in (LOST, PINS_CHANGED) or message.get("kind") == "deleted":
+        if message in (LOST, PINS_CHANGED):
             await self._pins.sync()
         if message == LOST:
-            stored = await asyncio.to_thread(self._store.digests)
-            await self._drop_unused(sorted({digest for item in self._residents for digest in item.digests} - stored))
+            await self._drop_deleted({digest for item in self._residents for digest in item.digests})
         elif message.get("kind") == "deleted":
-            await self._drop_unused(message.get("digests") or [])
+            await self._drop_deleted(message.get("digests") or [])
 
-    async def _drop_unused(self, digests: list[str]) -> None:
+    async def _drop_deleted(self, digests: Collection[str]) -> None:
         """Free the programs of adapters that no tenant has any more. The same files may be somebody else's, or have another name."""
-        for digest in digests:
-            if not await asyncio.to_thread(self._store.has_digest, digest):
-                for program_id in self._lowerer.forget(digest):
-                    await self._engine.drop_program(program_id)
+        if any(digest in self._pins for digest in digests):
+            await self._pins.sync()
+        for digest in sorted(await asyncio.to_thread(self._store.absent, digests)):
+            for program_id in self._lowerer.forget(digest):
+                await self._engine.drop_program(program_id)
 
     def _degrade(self, reason: str) -> None:
         if reason and not self.is_degraded:

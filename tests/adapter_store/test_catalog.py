@@ -448,9 +448,9 @@ def test_tenants_do_not_meet(store: Store, push: Push) -> None:
     assert store.get("acme", "bot").tags == {"latest": 1}
     assert store.aliases("acme") == ()
     assert store.replay("acme", "k") != store.replay("other", "k")
-    assert store.tenants_of(mine.digest) == {"acme", "other"}
+    assert store.absent({mine.digest, "sha256:none"}) == {"sha256:none"}
     store.delete("acme", "bot")
-    assert store.has_digest(mine.digest)
+    assert store.absent([mine.digest]) == set()
     assert store.pins() == {("other", mine.digest)}
     messages = set()
     for tenant in ("acme", "nobody"):
@@ -461,7 +461,7 @@ def test_tenants_do_not_meet(store: Store, push: Push) -> None:
     assert len(messages) == 1
     store.remove_alias("other", "support")
     store.delete("other", "bot")
-    assert (store.has_digest(mine.digest), store.digests(), store.pins()) == (False, set(), set())
+    assert (store.absent([mine.digest]), store.digests(), store.pins()) == ({mine.digest}, set(), set())
 
 
 # Blobs
