@@ -20,6 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,8 @@ async def lowered(base: Path, digest: str, dtype: str, scratch: Path) -> list[Pr
         made = []
         for path in write_method("LoRA", base, scratch, 2):
             files = {role: path / name for name, role in ROLES.items() if (path / name).exists()}
-            program = await lowerer.ensure("bench", path.name, files)
+            with lowerer.using(((path.name, 1.0),), since=time.monotonic()):
+                program = await lowerer.ensure("bench", path.name, partial(nullcontext, files))
             with program.path.open("rb") as file:
                 os.fsync(file.fileno())
             made.append(ProgramRef(program.program_id, str(program.path)))

@@ -31,7 +31,7 @@ from server.api.generation import Generation
 from server.api.push import InProgress
 from server.config import Settings
 from server.engine.base_dir import BaseDir, prepare_base
-from server.engine.client import EngineClient
+from server.engine.client import PINS_END_WITH, EngineClient
 from server.engine.settings import EngineSettings
 from server.engine.types import ProgramEvent
 from server.errors import ADAPTER_ERRORS, ApiError, from_adapter_error
@@ -80,7 +80,7 @@ class Services:
 
     async def maintain(self) -> None:
         """Keep the store in order, until cancelled."""
-        await maintain(self.store, self.last_used)
+        await maintain(self.store, self.last_used, self.pins)
 
     async def holders(self, program_id: str) -> dict[str, str]:
         """Replicas that hold a program; empty while the registry does not answer."""
@@ -98,6 +98,8 @@ def build_services(settings: Settings) -> Services:
     def on_event(event: ProgramEvent) -> None:
         residents.apply(event)
         metrics.program_event(event)
+        if event.reason in PINS_END_WITH:
+            pins.refused(event.program_id)
 
     engine = EngineClient(_engine_settings(settings, base, dtype), on_event=on_event)
     residents, quarantine, metrics = Residents(lambda: engine.pid), Quarantine(), Metrics(engine)

@@ -9,6 +9,7 @@ import time
 from adapter_store.errors import StoreError
 from adapter_store.store import Store
 from server.last_used import LastUsed
+from server.pins import Pins
 
 FLUSH_S = 10.0
 SWEEP_S = 600.0
@@ -16,7 +17,7 @@ SWEEP_S = 600.0
 log = logging.getLogger(__name__)
 
 
-async def maintain(store: Store, last_used: LastUsed) -> None:
+async def maintain(store: Store, last_used: LastUsed, pins: Pins) -> None:
     """Until it is cancelled; then once more what was used. A store that does not answer is asked again the next time."""
     swept = time.monotonic()
     try:
@@ -26,6 +27,8 @@ async def maintain(store: Store, last_used: LastUsed) -> None:
                 await last_used.flush()
                 if time.monotonic() - swept >= SWEEP_S:
                     swept = time.monotonic()
+                    # What the engine refused for want of room may have it now.
+                    await pins.sync()
                     gone = await asyncio.to_thread(store.sweep)
                     log.info("swept %d blobs and %d uploads that nobody needs", gone.blobs, gone.uploads)
             except StoreError as error:

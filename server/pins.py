@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import ExitStack
 from functools import partial
 
@@ -37,11 +38,12 @@ class Pins:
         return digest in self._held
 
     async def pin(self, version: AdapterVersion) -> None:
-        """Keep a version of a tenant's on the device. Raises PinLimit, and what lowering raises."""
+        """Keep a version of a tenant's on the device. Raises PinLimit, AdapterNotFound, and what lowering raises."""
         async with self._changing:
+            since = time.monotonic()
             await asyncio.to_thread(self._store.pin, version.tenant, version.digest)
             try:
-                await self._hold(version)
+                await self._hold(version, since)
             except BaseException:
                 await asyncio.to_thread(self._store.unpin, version.tenant, version.digest)
                 raise
@@ -54,6 +56,7 @@ class Pins:
     async def sync(self) -> None:
         """Do what the catalog says: after a start, a delete, or a change on another replica. Raises StoreError."""
         async with self._changing:
+            since = time.monotonic()
             wanted = {version.digest: version for version in await asyncio.to_thread(self._store.pinned_versions)}
             for digest in self._held.keys() - wanted.keys():
                 _, held = self._held.pop(digest)
@@ -61,15 +64,22 @@ class Pins:
                 held.close()
             for digest in wanted.keys() - self._held.keys():
                 try:
-                    await self._hold(wanted[digest])
+                    await self._hold(wanted[digest], since)
                 except ADAPTER_ERRORS as error:
                     log.warning("a pinned adapter (%s) cannot be loaded: %s", digest[:19], error)
 
-    async def _hold(self, version: AdapterVersion) -> None:
+    def refused(self, program_id: str) -> None:
+        """The engine does not keep a program after all: it could not be loaded, or is larger there than was known. ``sync`` tries again."""
+        for digest in [digest for digest in self._held if self._lowerer.program_id(digest) == program_id]:
+            _, held = self._held.pop(digest)
+            held.close()
+            log.warning("the engine does not keep a pinned adapter (%s)", digest[:19])
+
+    async def _hold(self, version: AdapterVersion, since: float) -> None:
         if version.digest in self._held:
             return
         with ExitStack() as stack:
-            stack.enter_context(self._lowerer.using(((version.digest, 1.0),)))
+            stack.enter_context(self._lowerer.using(((version.digest, 1.0),), since=since))
             program = await self._lowerer.ensure(version.tenant, version.digest, partial(self._store.checkout, version))
             nbytes = int(program.facts["program_bytes"])
             sizes = [size for size, _ in self._held.values()]

@@ -7,6 +7,7 @@ those of the first one, from which it differs in its numbers only.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -74,7 +75,7 @@ async def fill(data_dir: Path, stock: Stock, base: BaseDir, dtype: str, kind: Sm
         for number in track(sorted(used), description="registering and lowering those that will be asked for"):
             with store.begin_upload() as staging:
                 staged = stage(staging, number)
-                with lowerer.using(((staged.digest, 1.0),)):
+                with lowerer.using(((staged.digest, 1.0),), since=time.monotonic()):
                     program = await lowerer.ensure(stock.tenant(number), staged.digest, partial(nullcontext, staged.paths))
                 programs[number], facts = program.path, program.facts
                 store.commit(stock.tenant(number), stock.name(number), staged, facts)

@@ -135,9 +135,13 @@ class LowererClient:
         """The id of the program that a single adapter lowers to."""
         return program_id(((digest, 1.0),), self._base_digest)
 
-    def using(self, parts: Sequence[tuple[str, float]], drop: int = 0) -> AbstractContextManager[None]:
-        """Keeps the program file of the adapters ``(digest, weight)`` for as long as a request may need it."""
-        return self._files.using(program_id(tuple(parts), self._base_digest, drop=drop), frozenset(digest for digest, _ in parts))
+    def using(self, parts: Sequence[tuple[str, float]], drop: int = 0, *, since: float) -> AbstractContextManager[None]:
+        """Keeps the program file of the adapters ``(digest, weight)`` for as long as a request may need it.
+
+        ``since``: ``time.monotonic()`` from before the store was asked for the adapters.
+        """
+        name = program_id(tuple(parts), self._base_digest, drop=drop)
+        return self._files.using(name, frozenset(digest for digest, _ in parts), since)
 
     async def ensure(self, tenant: str, digest: str, checkout: Checkout) -> LoweredProgram:
         """The program of one adapter, lowered now from its files unless it is there. Call it, and use what it gives, ``using`` it.
@@ -158,7 +162,7 @@ class LowererClient:
 
     def keep(self, digest: str) -> None:
         """An adapter was stored whose program is in use. Had the same files been deleted meanwhile, their program would go after use."""
-        self._files.find(self.program_id(digest))
+        self._files.keep(digest)
 
     def discard(self, program_id: str) -> None:
         """A program's file cannot be loaded: make another when it is asked for again."""

@@ -8,11 +8,15 @@ stays: its program may have to be loaded once more.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_MAX_DELETED = 4096
+"""Deleted adapters that are remembered: far more than there are requests that resolved one before it went."""
 
 
 @dataclass(slots=True)
@@ -22,7 +26,6 @@ class _Program:
     digests: frozenset[str]
     nbytes: int = 0
     users: int = 0
-    doomed: bool = False
     facts: dict[str, Any] | None = None
 
 
@@ -34,6 +37,8 @@ class ProgramFiles:
         self._max_bytes = max_bytes
         self._on_unused = on_unused
         self._known: OrderedDict[str, _Program] = OrderedDict()
+        # Digests that were deleted, and when (monotonic, s): what is made of them goes after use.
+        self._deleted: OrderedDict[str, float] = OrderedDict()
         self.nbytes = 0
 
     def open(self, stored: Mapping[str, str]) -> None:
@@ -52,17 +57,24 @@ class ProgramFiles:
         return self._directory / f"{program_id}.safetensors"
 
     @contextlib.contextmanager
-    def using(self, program_id: str, digests: frozenset[str]) -> Iterator[None]:
-        """Keep a program of these adapters, or the place for it, while somebody may need it."""
+    def using(self, program_id: str, digests: frozenset[str], since: float) -> Iterator[None]:
+        """Keep a program of these adapters, or the place for it, while somebody may need it.
+
+        ``since`` (monotonic, s) is from before the store was asked for them: deleted ones that it gives after that were pushed again.
+        """
+        for digest in digests:
+            if self._deleted.get(digest, since) < since:
+                del self._deleted[digest]
         item = self._known.setdefault(program_id, _Program(digests))
         item.users += 1
         try:
             yield
         finally:
             item.users -= 1
-            if not item.users and (item.doomed or not item.nbytes):
+            is_deleted = not item.digests.isdisjoint(self._deleted)
+            if not item.users and (is_deleted or not item.nbytes):
                 self._remove(program_id)
-                if item.doomed:
+                if is_deleted:
                     self._on_unused(program_id)
 
     def find(self, program_id: str) -> Path | None:
@@ -71,8 +83,6 @@ class ProgramFiles:
         if item is None:
             return None
         self._known.move_to_end(program_id)
-        # Who asks has the adapters: pushed again, if they were deleted.
-        item.doomed = False
         path = self.path(program_id)
         return path if item.nbytes and path.exists() else None
 
@@ -118,13 +128,18 @@ class ProgramFiles:
     def forget(self, digest: str) -> list[str]:
         """An adapter was deleted: remove what is made of it. Returns the ids of the programs that nobody uses; ``on_unused`` tells of the
         others later."""
-        found = [name for name, item in self._known.items() if digest in item.digests]
-        unused = [name for name in found if not self._known[name].users]
-        for name in found:
-            self._known[name].doomed = True
+        self._deleted[digest] = time.monotonic()
+        self._deleted.move_to_end(digest)
+        if len(self._deleted) > _MAX_DELETED:
+            self._deleted.popitem(last=False)
+        unused = [name for name, item in self._known.items() if digest in item.digests and not item.users]
         for name in unused:
             self._remove(name)
         return unused
+
+    def keep(self, digest: str) -> None:
+        """An adapter was stored, again if it was deleted before."""
+        self._deleted.pop(digest, None)
 
     def _remove(self, program_id: str) -> None:
         self.nbytes -= self._known.pop(program_id).nbytes

@@ -180,16 +180,17 @@ class Generation:
         self, tenant: str, held: ExitStack, named: Sequence[tuple[str, float]], wanted: Selection
     ) -> tuple[LoweredProgram, tuple[str, ...]]:
         # All names first: what is not there is told before any work.
+        since = time.monotonic()
         versions = [await asyncio.to_thread(self._store.resolve, tenant, name, wanted.user) for name, _ in named]
         digests = tuple(version.digest for version in versions)
         if len(set(digests)) < len(digests):
             raise ApiError("not_composable", "the same adapter is named twice; add its weights up", param="adapters")
         for version in versions:
-            held.enter_context(self._lowerer.using(((version.digest, 1.0),)))
+            held.enter_context(self._lowerer.using(((version.digest, 1.0),), since=since))
             program = await self._lowerer.ensure(tenant, version.digest, partial(self._store.checkout, version))
         parts = [(digest, weight) for digest, (_, weight) in zip(digests, named, strict=True)]
         if len(parts) > 1 or parts[0][1] != 1.0 or wanted.drop:
-            held.enter_context(self._lowerer.using(parts, wanted.drop))
+            held.enter_context(self._lowerer.using(parts, wanted.drop, since=since))
             program = await self._lowerer.compose(tenant, parts, wanted.drop)
         self._last_used.note(versions)
         return program, digests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ async def _push(request: Request, name: str | None, tag: str | None, condition: 
         staged = await asyncio.to_thread(store.with_children, tenant, staged)
         if key is not None and (replay := await _replay(store, tenant, wanted, staged)) is not None:
             return replay
-        with services.lowerer.using(((staged.digest, 1.0),)):
+        with services.lowerer.using(((staged.digest, 1.0),), since=time.monotonic()):
             program = await services.lowerer.ensure(tenant, staged.digest, lambda: nullcontext(staged.paths))
             version, reply = await _commit(store, tenant, wanted, staged, program.facts)
             services.lowerer.keep(staged.digest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,10 @@ router = APIRouter(prefix="/v1/adapters/{reference}")
 @router.post("/load", status_code=202)
 async def load(request: Request, reference: str) -> dict[str, Any]:
     """Begin to load a version; the reply does not wait for it. An adapter in quarantine gets another chance."""
-    services, tenant = request.app.state.services, request.state.tenant
+    services, tenant, since = request.app.state.services, request.state.tenant, time.monotonic()
     store: Store = services.store
     version = await asyncio.to_thread(store.resolve, tenant, reference)
-    with services.lowerer.using(((version.digest, 1.0),)):
+    with services.lowerer.using(((version.digest, 1.0),), since=since):
         program = await services.lowerer.ensure(tenant, version.digest, partial(store.checkout, version))
         services.quarantine.release(tenant, version.digest)
         await services.engine.load_program(program_ref(program))

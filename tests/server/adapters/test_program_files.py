@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,13 @@ def files(tmp_path: Path, released: list[str]) -> ProgramFiles:
     return made
 
 
+def use(files: ProgramFiles, name: str, digests: frozenset[str], since: float | None = None) -> AbstractContextManager[None]:
+    """As a request does that asks the store for the adapters now."""
+    return files.using(name, digests, time.monotonic() if since is None else since)
+
+
 def add(files: ProgramFiles, name: str, *digests: str, nbytes: int = 40) -> Path:
-    with files.using(name, frozenset(digests)):
+    with use(files, name, frozenset(digests)):
         assert files.find(name) is None
         path = files.path(name)
         path.write_bytes(b"x" * nbytes)
@@ -34,7 +41,7 @@ def add(files: ProgramFiles, name: str, *digests: str, nbytes: int = 40) -> Path
 
 
 def found(files: ProgramFiles, name: str) -> Path | None:
-    with files.using(name, frozenset()):
+    with use(files, name, frozenset()):
         return files.find(name)
 
 
@@ -44,7 +51,7 @@ def test_the_least_recently_asked_for_go_first(files: ProgramFiles) -> None:
     assert add(files, "third", "a").exists()
     assert files.nbytes == 80
     assert (first.exists(), second.exists(), found(files, "second")) == (True, False, None)
-    with files.using("first", frozenset("a")):
+    with use(files, "first", frozenset("a")):
         add(files, "fourth", "a")
         add(files, "fifth", "a")
         assert first.exists()
@@ -54,20 +61,40 @@ def test_the_least_recently_asked_for_go_first(files: ProgramFiles) -> None:
 
 def test_what_is_made_of_an_adapter_goes_with_it(files: ProgramFiles, released: list[str]) -> None:
     first, second = add(files, "first", "a", "b"), add(files, "second", "b", "c")
-    with files.using("first", frozenset("ab")), files.using("first", frozenset("ab")):
+    with use(files, "first", frozenset("ab")), use(files, "first", frozenset("ab")):
         assert files.forget("a") == [], "in use"
         assert first.exists()
     assert (first.exists(), released) == (False, ["first"])
     assert (files.forget("a"), second.exists()) == ([], True)
-    with files.using("second", frozenset("bc")):
-        files.forget("c")
-        assert files.find("second") == second, "asked for again, by who pushed the adapter again"
-    assert (second.exists(), released) == (True, ["first"])
     assert (files.forget("b"), second.exists(), files.nbytes) == (["second"], False, 0)
 
 
+def test_what_is_pushed_again_while_it_is_used_stays(files: ProgramFiles, released: list[str]) -> None:
+    path = add(files, "made", "a", "b")
+    with use(files, "made", frozenset("ab")):
+        files.forget("a")
+        files.keep("a")
+    assert (path.exists(), released) == (True, [])
+    with use(files, "made", frozenset("ab")):
+        files.forget("a")
+        with use(files, "made", frozenset("ab")):
+            """Pushed again on another replica: the store gives it once more."""
+    assert (path.exists(), released) == (True, [])
+
+
+def test_a_request_that_found_an_adapter_before_it_was_deleted_leaves_nothing(files: ProgramFiles, released: list[str]) -> None:
+    asked = time.monotonic()
+    assert files.forget("a") == []
+    with use(files, "made", frozenset("ab"), asked):
+        path = files.path("made")
+        path.write_bytes(b"x")
+        files.add("made")
+        assert files.find("made") == path
+    assert (path.exists(), released) == (False, ["made"])
+
+
 def test_an_adapter_deleted_while_its_program_is_made_takes_it_along(files: ProgramFiles, released: list[str]) -> None:
-    with files.using("made", frozenset("ab")):
+    with use(files, "made", frozenset("ab")):
         assert files.forget("a") == []
         path = files.path("made")
         path.write_bytes(b"x")
@@ -77,7 +104,7 @@ def test_an_adapter_deleted_while_its_program_is_made_takes_it_along(files: Prog
 
 
 def test_a_program_that_nobody_waits_for_any_more_is_not_kept(files: ProgramFiles, released: list[str]) -> None:
-    with files.using("made", frozenset("a")):
+    with use(files, "made", frozenset("a")):
         pass
     path = files.path("made")
     path.write_bytes(b"x")
@@ -89,7 +116,7 @@ def test_a_file_that_somebody_removed_is_made_again(files: ProgramFiles) -> None
     path = add(files, "made", "a")
     path.unlink()
     assert found(files, "made") is None
-    with files.using("made", frozenset("a")):
+    with use(files, "made", frozenset("a")):
         path.write_bytes(b"xy")
         files.add("made")
         assert (files.find("made"), files.nbytes) == (path, 2)
@@ -97,7 +124,7 @@ def test_a_file_that_somebody_removed_is_made_again(files: ProgramFiles) -> None
 
 def test_a_file_that_is_of_no_use_is_made_again(files: ProgramFiles) -> None:
     path = add(files, "made", "a")
-    with files.using("made", frozenset("a")):
+    with use(files, "made", frozenset("a")):
         files.discard("made")
         assert (path.exists(), files.find("made"), files.nbytes) == (False, None, 0)
         path.write_bytes(b"xyz")

@@ -171,7 +171,7 @@ async def test_the_lowering_process_reads_every_file_of_an_adapter(tmp_path: Pat
     client = LowererClient(base_directory("llama"), "0" * 64, "float32", tmp_path)
     await client.start(stored=())
     try:
-        with client.using((("sha256:1", 1.0),)), client.using((("sha256:2", 1.0),)):
+        with client.using((("sha256:1", 1.0),), since=0), client.using((("sha256:2", 1.0),), since=0):
             fusion = await client.ensure(
                 "acme", "sha256:1", lambda: contextlib.nullcontext(golden_files(GOLDEN / "cases" / "llama-fusion"))
             )
