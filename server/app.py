@@ -8,7 +8,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from server.api.auth import Keys
 from server.api.edge import TGI_PATHS, Edge, error_response
 from server.api.generation import Generation
 from server.api.push import InProgress
+from server.background import Background, endless
 from server.config import Settings
 from server.engine.base_dir import BaseDir, prepare_base
 from server.engine.client import PINS_END_WITH, EngineClient
@@ -43,6 +45,9 @@ from server.quarantine import Quarantine
 from server.replica import Replica
 from server.residents import Residents
 from server.tokenizer import Tokenizer
+
+THREADS = 32
+"""For calls that wait: of the catalog, and of files."""
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +115,7 @@ def build_services(settings: Settings) -> Services:
         blobs_url=settings.blobs_url,
         blob_cache_bytes=settings.blob_cache_bytes,
     )
+    background = Background()
     lowerer = LowererClient(
         base.path,
         base.digest,
@@ -117,11 +123,11 @@ def build_services(settings: Settings) -> Services:
         settings.data_dir / "programs",
         max_program_bytes=min(settings.bank_bytes, settings.host_bytes),
         max_disk_bytes=settings.disk_bytes,
-        on_unused=_dropper(engine),
+        on_unused=lambda program_id: background.start(engine.drop_program(program_id)),
     )
     shared: ResidencyRegistry = LocalResidency() if settings.redis_url is None else RedisResidency(settings.redis_url)
     pins, last_used = Pins(store, lowerer, engine), LastUsed(store)
-    replica = Replica(f"{socket.gethostname()}-{os.getpid()}", shared, residents, store, lowerer, engine, pins)
+    replica = Replica(f"{socket.gethostname()}-{os.getpid()}", shared, residents, store, lowerer, engine, pins, quarantine)
     metrics.quarantined.set_function(lambda: len(quarantine))
     metrics.degraded.labels("registry").set_function(lambda: int(replica.is_degraded))
     tokenizer = Tokenizer(base.path)
@@ -148,6 +154,8 @@ def create_app(services: Services) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Requests ask the catalog in threads; a few that wait for slow disks must not keep the others.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="http"))
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, services.store.close)
             stack.push_async_callback(services.registry.close)
@@ -157,7 +165,7 @@ def create_app(services: Services) -> FastAPI:
             await asyncio.gather(services.engine.start(), services.lowerer.start(stored))
             await services.pins.sync()
             for work in (services.replica.publish, services.replica.follow, services.maintain):
-                await stack.enter_async_context(_in_background(work()))
+                await stack.enter_async_context(endless(work()))
             yield
 
     app = FastAPI(title="Medley", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -172,18 +180,6 @@ def create_app(services: Services) -> FastAPI:
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(Edge, keys=services.keys, metrics=services.metrics)
     return app
-
-
-def _dropper(engine: EngineClient) -> Callable[[str], None]:
-    """Has the engine free a program, from where nothing can be awaited."""
-    under_way: set[asyncio.Task[None]] = set()
-
-    def drop(program_id: str) -> None:
-        task = asyncio.create_task(engine.drop_program(program_id))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
-
-    return drop
 
 
 def pick_dtype(wanted: str) -> str:
@@ -215,23 +211,6 @@ def _engine_settings(settings: Settings, base: BaseDir, dtype: str) -> EngineSet
         prefix_caching=settings.prefix_caching,
         kernel_dir=str(settings.data_dir / "kernels"),
     )
-
-
-@contextlib.asynccontextmanager
-async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run endless work beside what is in the context. Its end before that is a bug, and said at once."""
-    task = asyncio.create_task(work)
-    task.add_done_callback(_tell_end)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-
-
-def _tell_end(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        log.error("background work ended", exc_info=task.exception())
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

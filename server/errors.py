@@ -58,6 +58,9 @@ TABLE = (
     ErrorCode("blob_not_found", 404, _INVALID, "You have no such blob or file. The same for `not yours` and `not there`."),
     ErrorCode("upload_not_found", 404, _INVALID, "There is no such upload of yours, or it is over a day old; begin another."),
     ErrorCode("method_not_allowed", 405, _INVALID, "The route exists but not with this HTTP method."),
+    ErrorCode(
+        "upload_stalled", 408, _INVALID, "Nothing of the body has arrived for a minute; send it again, or the rest.", retry=True
+    ),
     ErrorCode("duplicate_request", 409, _INVALID, "A request with this id is already running."),
     ErrorCode(
         "name_taken", 409, _INVALID, "The name is an alias's where an adapter is meant, or an adapter's where an alias is."
@@ -250,12 +253,12 @@ def from_engine(error: EngineOverloaded | EngineUnavailable | RequestError) -> A
 
 
 def from_quarantine(record: Record, names: Sequence[str]) -> ApiError:
-    """What a tenant asks for under these names failed it too often."""
+    """What a tenant asks for, which is these versions (``name@v2``), failed it too often."""
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.at))
     return ApiError(
         "adapter_quarantined",
         f"{' + '.join(names)} failed {record.failures} times in a row, last at {when} with {record.code}, and is refused until you push "
-        f"a new version of it or POST /v1/adapters/{names[0].partition('@')[0]}/load",
+        f"a new version of it or POST /v1/adapters/{names[0]}/load",
         param="model",
     )
 

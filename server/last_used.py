@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from adapter_store.errors import StoreUnavailable
+from adapter_store.errors import StoreError
 from adapter_store.store import Store
 from adapter_store.types import AdapterVersion
 
@@ -31,12 +31,12 @@ class LastUsed:
         return noted if noted > version.created else version.last_used
 
     async def flush(self) -> None:
-        """Write down what was noted. What cannot be written is kept for the next time. Raises StoreUnavailable."""
+        """Write down what was noted. What cannot be written is kept for the next time. Raises StoreError."""
         noted, self._noted = self._noted, {}
         if not noted:
             return
         try:
             await asyncio.to_thread(self._store.touch, noted)
-        except StoreUnavailable:
+        except StoreError:
             self._noted = noted | self._noted
             raise

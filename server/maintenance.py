@@ -8,6 +8,7 @@ import time
 
 from adapter_store.errors import StoreError
 from adapter_store.store import Store
+from server.engine.client import EngineUnavailable
 from server.last_used import LastUsed
 from server.pins import Pins
 
@@ -31,7 +32,7 @@ async def maintain(store: Store, last_used: LastUsed, pins: Pins) -> None:
                     await pins.sync()
                     gone = await asyncio.to_thread(store.sweep)
                     log.info("swept %d blobs and %d uploads that nobody needs", gone.blobs, gone.uploads)
-            except StoreError as error:
+            except (StoreError, EngineUnavailable, OSError) as error:
                 log.warning("the store cannot be kept in order now: %s", error)
     finally:
         try:

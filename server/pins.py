@@ -84,9 +84,7 @@ class Pins:
             nbytes = int(program.facts["program_bytes"])
             sizes = [size for size, _ in self._held.values()]
             if not self._engine.pins_fit([*sizes, nbytes]):
-                raise PinLimit(
-                    f"{len(sizes)} pinned adapters take {sum(sizes)} bytes, and {nbytes} more are too much; unpin another first"
-                )
+                raise PinLimit(f"there is no room for {nbytes} bytes more of pinned adapters; unpin another first")
             await self._engine.pin_program(program_ref(program))
             self._held[version.digest] = (nbytes, stack.pop_all())
 

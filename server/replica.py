@@ -16,8 +16,10 @@ from adapter_store.errors import StoreError, StoreUnavailable
 from adapter_store.residency import LOST, Message, ResidencyRegistry
 from adapter_store.store import Store
 from server.adapters.lowerer import LowererClient
-from server.engine.client import EngineClient
+from server.background import Background
+from server.engine.client import EngineClient, EngineUnavailable
 from server.pins import Pins
+from server.quarantine import Quarantine
 from server.residents import Residents
 
 LEASE_S = 10.0
@@ -40,6 +42,11 @@ def deleted(digests: list[str]) -> Message:
     return {"kind": "deleted", "digests": digests}
 
 
+def released(tenant: str, digest: str) -> Message:
+    """The announcement that a tenant wants an adapter tried again that was in quarantine."""
+    return {"kind": "released", "tenant": tenant, "digest": digest}
+
+
 class Replica:
     """``name`` is unique among the replicas. ``is_degraded``: the registry did not answer when it was last asked."""
 
@@ -52,6 +59,7 @@ class Replica:
         lowerer: LowererClient,
         engine: EngineClient,
         pins: Pins,
+        quarantine: Quarantine,
     ) -> None:
         self.name = name
         self.is_degraded = False
@@ -61,6 +69,8 @@ class Replica:
         self._lowerer = lowerer
         self._engine = engine
         self._pins = pins
+        self._quarantine = quarantine
+        self._background = Background()
         self._unsaid: deque[Message] = deque(maxlen=MAX_UNSAID)
         self._is_entered = False
         self._beat = 0.0
@@ -95,13 +105,18 @@ class Replica:
             async for message in messages:
                 try:
                     await self._heed(message)
-                except StoreError as error:
-                    log.warning("programs of deleted adapters stay until they are evicted: %s", error)
+                except (StoreError, EngineUnavailable, OSError) as error:
+                    log.warning("what other replicas changed is not followed now: %s", error)
 
     async def delete(self, digests: list[str]) -> None:
         """Adapters were deleted here: free what nobody has any more, on all replicas."""
         self.announce(deleted(digests))
         await self._drop_deleted(digests)
+
+    def release(self, tenant: str, digest: str) -> None:
+        """Give what a tenant made of an adapter another chance, on all replicas."""
+        self._quarantine.release(tenant, digest)
+        self.announce(released(tenant, digest))
 
     def tell_pins(self) -> None:
         """Pins were changed here: have the other replicas look."""
@@ -133,13 +148,16 @@ class Replica:
             await self._pins.sync()
         if message == LOST:
             await self._drop_deleted({digest for item in self._residents for digest in item.digests})
+        elif message.get("kind") == "released":
+            self._quarantine.release(str(message.get("tenant")), str(message.get("digest")))
         elif message.get("kind") == "deleted":
             await self._drop_deleted(message.get("digests") or [])
 
     async def _drop_deleted(self, digests: Collection[str]) -> None:
         """Free the programs of adapters that no tenant has any more. The same files may be somebody else's, or have another name."""
         if any(digest in self._pins for digest in digests):
-            await self._pins.sync()
+            # Somebody's pin may be under way, which can take long.
+            self._background.start(self._pins.sync())
         for digest in sorted(await asyncio.to_thread(self._store.absent, digests)):
             for program_id in self._lowerer.forget(digest):
                 await self._engine.drop_program(program_id)

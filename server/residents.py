@@ -39,6 +39,8 @@ class Resident:
     evictions: int = 0
     failures: int = 0
     load_seconds: dict[str, float] = field(default_factory=dict)
+    tenants: set[str] = field(default_factory=set)
+    """Who asked for it: nobody else is to learn that it is here."""
 
 
 class Residents:
@@ -78,11 +80,12 @@ class Residents:
             if len(self._changes) > MAX_CHANGES:
                 self._changes = None
 
-    def asked(self, program_id: str, digests: tuple[str, ...]) -> None:
-        """A request wants a program, which these adapters are."""
+    def asked(self, program_id: str, digests: tuple[str, ...], tenant: str) -> None:
+        """A tenant wants a program, which these adapters are."""
         self._renew()
         item = self._find(program_id)
         item.digests, item.last_used = digests, time.time()
+        item.tenants.add(tenant)
         self._place(item)
 
     def of(self, program_id: str) -> Resident | None:

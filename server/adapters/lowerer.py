@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,11 @@ from safetensors import SafetensorError, safe_open
 from server.adapters.faults import Fault, LoweringError
 from server.adapters.identity import program_id
 from server.adapters.program_files import ProgramFiles
-from server.adapters.turns import Turns
+from server.adapters.turns import TooManyWaiting, Turns
 
 _START_TIMEOUT_S = 120.0
+_FETCHES = 4
+"""Adapters whose files are fetched at a time."""
 _MAX_WAITING = 16
 """Uploads and compositions of a tenant that may wait for their turn."""
 _NOBODY = ""
@@ -114,6 +117,8 @@ class LowererClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._child: asyncio.subprocess.Process | None = None
         self._turns = Turns(_MAX_WAITING)
+        # Fetching files may take long: those who wait for other threads are not to wait for it.
+        self._fetching = ThreadPoolExecutor(_FETCHES, thread_name_prefix="checkout")
         self._under_way: dict[str, asyncio.Task[LoweredProgram]] = {}
         self._starts = 0
 
@@ -130,6 +135,8 @@ class LowererClient:
             await self._end_child()
         self._context.destroy(linger=0)
         self._directory.cleanup()
+        self._fetching.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._files.close)
 
     def program_id(self, digest: str) -> str:
         """The id of the program that a single adapter lowers to."""
@@ -178,20 +185,28 @@ class LowererClient:
     async def _once(self, name: str, make: Callable[[], Coroutine[Any, Any, LoweredProgram]]) -> LoweredProgram:
         """However many ask at a time, a program is made once."""
         task = self._under_way.get(name)
+        is_own = task is None
         if task is None:
             task = asyncio.create_task(make())
             self._under_way[name] = task
             task.add_done_callback(lambda _: self._under_way.pop(name, None))
-        # One caller that goes away must not take the work from the others.
-        return await asyncio.shield(task)
+        try:
+            # One caller that goes away must not take the work from the others.
+            return await asyncio.shield(task)
+        except TooManyWaiting:
+            # Of another tenant, which asked first.
+            if is_own:
+                raise
+            return await self._once(name, make)
 
     async def _ensure(self, tenant: str, name: str, checkout: Checkout) -> LoweredProgram:
         if (found := await self._find(name)) is not None:
             return found
         async with AsyncExitStack() as stack:
             context = checkout()
-            files = await asyncio.to_thread(context.__enter__)
-            stack.push_async_callback(asyncio.to_thread, context.__exit__, None, None, None)
+            loop = asyncio.get_running_loop()
+            files = await loop.run_in_executor(self._fetching, context.__enter__)
+            stack.push_async_callback(loop.run_in_executor, self._fetching, context.__exit__, None, None, None)
             job = Job({role: str(file) for role, file in files.items()}, str(self._files.path(name)), name)
             return await self._make(tenant, job)
 

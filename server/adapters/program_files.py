@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ class ProgramFiles:
         self._known: OrderedDict[str, _Program] = OrderedDict()
         # Digests that were deleted, and when (monotonic, s): what is made of them goes after use.
         self._deleted: OrderedDict[str, float] = OrderedDict()
+        self._by_digest: dict[str, set[str]] = {}
+        self._remover = ThreadPoolExecutor(1, thread_name_prefix="program-remover")
+        self._removed = 0
         self.nbytes = 0
 
     def open(self, stored: Mapping[str, str]) -> None:
@@ -50,8 +54,12 @@ class ProgramFiles:
             if digest is None or path.name != self.path(path.stem).name:
                 path.unlink(missing_ok=True)
                 continue
-            self._known[path.stem] = _Program(frozenset((digest,)))
+            self._find_or_make(path.stem, frozenset((digest,)))
             self.add(path.stem)
+
+    def close(self) -> None:
+        """Wait until what went is gone from the disk."""
+        self._remover.shutdown()
 
     def path(self, program_id: str) -> Path:
         return self._directory / f"{program_id}.safetensors"
@@ -65,7 +73,7 @@ class ProgramFiles:
         for digest in digests:
             if self._deleted.get(digest, since) < since:
                 del self._deleted[digest]
-        item = self._known.setdefault(program_id, _Program(digests))
+        item = self._find_or_make(program_id, digests)
         item.users += 1
         try:
             yield
@@ -105,7 +113,7 @@ class ProgramFiles:
         path = self.path(program_id)
         if item is None:
             # Everybody who wanted it went away while it was made.
-            path.unlink(missing_ok=True)
+            self._unlink(program_id)
             return
         self.nbytes -= item.nbytes
         item.nbytes, item.facts = path.stat().st_size, facts
@@ -123,7 +131,7 @@ class ProgramFiles:
         if item is not None:
             self.nbytes -= item.nbytes
             item.nbytes, item.facts = 0, None
-        self.path(program_id).unlink(missing_ok=True)
+        self._unlink(program_id)
 
     def forget(self, digest: str) -> list[str]:
         """An adapter was deleted: remove what is made of it. Returns the ids of the programs that nobody uses; ``on_unused`` tells of the
@@ -132,7 +140,7 @@ class ProgramFiles:
         self._deleted.move_to_end(digest)
         if len(self._deleted) > _MAX_DELETED:
             self._deleted.popitem(last=False)
-        unused = [name for name, item in self._known.items() if digest in item.digests and not item.users]
+        unused = [name for name in self._by_digest.get(digest, ()) if not self._known[name].users]
         for name in unused:
             self._remove(name)
         return unused
@@ -141,6 +149,27 @@ class ProgramFiles:
         """An adapter was stored, again if it was deleted before."""
         self._deleted.pop(digest, None)
 
+    def _find_or_make(self, program_id: str, digests: frozenset[str]) -> _Program:
+        item = self._known.get(program_id)
+        if item is None:
+            item = self._known[program_id] = _Program(digests)
+            for digest in digests:
+                self._by_digest.setdefault(digest, set()).add(program_id)
+        return item
+
     def _remove(self, program_id: str) -> None:
-        self.nbytes -= self._known.pop(program_id).nbytes
-        self.path(program_id).unlink(missing_ok=True)
+        item = self._known.pop(program_id)
+        self.nbytes -= item.nbytes
+        for digest in item.digests:
+            self._by_digest[digest].discard(program_id)
+            if not self._by_digest[digest]:
+                del self._by_digest[digest]
+        self._unlink(program_id)
+
+    def _unlink(self, program_id: str) -> None:
+        """Out of the way at once, so that it can be made again; off the disk in a thread, since large files take long."""
+        self._removed += 1
+        aside = self._directory / f".removed-{self._removed}"
+        with contextlib.suppress(FileNotFoundError):
+            self.path(program_id).replace(aside)
+            self._remover.submit(aside.unlink, missing_ok=True)

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from adapter_store.errors import BlobNotFound
 from adapter_store.manifest import parse_blob_digest
 from adapter_store.store import Store
+from server.api.body import chunks
 from server.errors import ApiError
 
 router = APIRouter(prefix="/v1/blobs")
@@ -49,9 +50,8 @@ async def append(request: Request, upload: str) -> Response:
         raise ApiError("invalid_request", "say in the header Upload-Offset where the body's bytes go", param="upload-offset")
     try:
         with await asyncio.to_thread(store.append_blob, request.state.tenant, upload, int(given)) as writer:
-            async for chunk in request.stream():
-                if chunk:
-                    await asyncio.to_thread(writer.write, chunk)
+            async for chunk in chunks(request):
+                await asyncio.to_thread(writer.write, chunk)
     except ClientDisconnect as error:
         raise ApiError("invalid_request", "the connection broke; ask for the offset and go on from there") from error
     return Response(status_code=204, headers={"upload-offset": str(writer.offset)})
@@ -99,10 +99,10 @@ async def blob_response(request: Request, sha256: str, filename: str | None = No
     headers = {"content-length": str(nbytes), "etag": f'"sha256:{sha256}"'}
     if filename is not None:
         headers["content-disposition"] = f'attachment; filename="{filename}"'
-    return StreamingResponse(_chunks(file), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(_pieces(file), media_type="application/octet-stream", headers=headers)
 
 
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
     with file:
         while chunk := file.read(_CHUNK):
             yield chunk

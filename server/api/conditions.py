@@ -27,6 +27,8 @@ def write_condition(request: Request) -> Condition:
         )
     if match is None:
         return Condition(absent=none_match == "*")
+    if match.strip() == "*" and none_match is None:
+        return Condition(match="*")
     found = _ETAG.fullmatch(match.strip())
     if found is None or none_match is not None:
         raise ApiError(

@@ -19,11 +19,15 @@ async def explain(request: Request, version: AdapterVersion) -> dict[str, Any]:
     program_id = services.lowerer.program_id(version.digest)
     known = services.residents.of(program_id)
     refusal = services.quarantine.refusal(tenant, program_id)
+    last_used = services.last_used.of(version)
+    # The same bytes may be somebody else's adapter: whether they are loaded is shown only to who had them loaded.
+    is_pinned = (tenant, version.digest) in await asyncio.to_thread(store.pins)
+    is_own = is_pinned or last_used is not None or (known is not None and tenant in known.tenants)
     return {
-        "residency": await services.holders(program_id),
-        "last_used": services.last_used.of(version),
-        "load_seconds": {} if known is None else known.load_seconds,
-        "pinned": (tenant, version.digest) in await asyncio.to_thread(store.pins),
+        "residency": await services.holders(program_id) if is_own else {},
+        "last_used": last_used,
+        "load_seconds": known.load_seconds if is_own and known is not None else {},
+        "pinned": is_pinned,
         "quarantine": None if refusal is None else _quarantine(refusal),
     }
 

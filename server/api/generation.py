@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from adapter_store.store import Store
+from adapter_store.types import AdapterVersion
 from server.adapters.lowerer import LoweredProgram, LowererClient
 from server.api.selection import Selection
 from server.engine.client import EngineClient, EngineOverloaded, EngineUnavailable
@@ -169,16 +170,17 @@ class Generation:
             raise ApiError(
                 "not_composable", f"adapter_drop is {wanted.drop}, and the base has {layers} layers", param="adapter_drop"
             )
-        program, digests = await self._program(tenant, held, named, wanted)
+        program, versions = await self._program(tenant, held, named, wanted)
         if (record := self._quarantine.refusal(tenant, program.program_id)) is not None:
-            raise from_quarantine(record, [name for name, _ in named])
-        self._residents.asked(program.program_id, digests)
+            raise from_quarantine(record, [f"{version.name}@v{version.number}" for version in versions])
+        digests = tuple(version.digest for version in versions)
+        self._residents.asked(program.program_id, digests, tenant)
         ref = ProgramRef(program.program_id, str(program.path), program.facts.get("room_taken", 0))
         return Resolved(ref, digests, len(program.facts.get("labels", ())), program.facts.get("pooling") == "none")
 
     async def _program(
         self, tenant: str, held: ExitStack, named: Sequence[tuple[str, float]], wanted: Selection
-    ) -> tuple[LoweredProgram, tuple[str, ...]]:
+    ) -> tuple[LoweredProgram, list[AdapterVersion]]:
         # All names first: what is not there is told before any work.
         since = time.monotonic()
         versions = [await asyncio.to_thread(self._store.resolve, tenant, name, wanted.user) for name, _ in named]
@@ -193,7 +195,7 @@ class Generation:
             held.enter_context(self._lowerer.using(parts, wanted.drop, since=since))
             program = await self._lowerer.compose(tenant, parts, wanted.drop)
         self._last_used.note(versions)
-        return program, digests
+        return program, versions
 
     async def encode(self, inputs: Sequence[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Tokens of texts, and tokens as they are; long texts, and many, off the event loop."""

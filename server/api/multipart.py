@@ -13,6 +13,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from adapter_store.staging import Staging
+from server.api.body import chunks
 from server.errors import ApiError
 
 MAX_PARTS = 64
@@ -101,9 +102,8 @@ async def receive(request: Request, staging: Staging) -> dict[str, str]:
     parts = _Parts(staging)
     try:
         parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
-        async for chunk in request.stream():
-            if chunk:
-                await asyncio.to_thread(parser.write, chunk)
+        async for chunk in chunks(request):
+            await asyncio.to_thread(parser.write, chunk)
         parser.finalize()
     except FormParserError as error:
         raise ApiError("invalid_request", "the multipart body is malformed") from error

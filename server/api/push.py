@@ -16,15 +16,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from adapter_store.errors import IdempotencyKeyReused
-from adapter_store.manifest import NAME_GRAMMAR, check_name, parse_blob_digest
+from adapter_store.manifest import NAME_GRAMMAR, check_name, check_tag, parse_blob_digest
 from adapter_store.staging import StagedAdapter, Staging
 from adapter_store.store import Store
-from adapter_store.types import AdapterVersion, Condition
+from adapter_store.types import LATEST, AdapterVersion, Condition
+from server.api.body import chunks
 from server.api.conditions import idempotency_key, write_condition
 from server.api.describe import describe
 from server.api.multipart import MAX_PARTS, receive
 from server.api.schemas import Strict
-from server.errors import ADAPTER_ERRORS, ApiError
+from server.errors import ADAPTER_ERRORS, ApiError, from_adapter_error
 
 router = APIRouter(prefix="/v1/adapters")
 MAX_MANIFEST_BYTES = 64 << 10
@@ -109,8 +110,9 @@ async def push(
             reply = await _push(request, name, tag, condition, key)
         result = "published"
         return reply
-    except ADAPTER_ERRORS:
-        result = "refused"
+    except (ApiError, *ADAPTER_ERRORS) as error:
+        refusal = error if isinstance(error, ApiError) else from_adapter_error(error)
+        result = "refused" if refusal.row.status < 500 else "error"
         raise
     except ClientDisconnect as error:
         result = "aborted"
@@ -122,19 +124,24 @@ async def push(
 async def _push(request: Request, name: str | None, tag: str | None, condition: Condition, key: str | None) -> Response:
     services, tenant = request.app.state.services, request.state.tenant
     store: Store = services.store
-    with store.begin_upload() as staging:
+    staging = await asyncio.to_thread(store.begin_upload)
+    try:
         fields = await _receive(request, staging)
-        wanted = Wanted(_name(fields.get("name") or name), fields.get("tag") or tag or "latest", condition, key)
+        wanted = Wanted(_name(fields.get("name") or name), check_tag(fields.get("tag") or tag or LATEST), condition, key)
         staged = await asyncio.to_thread(staging.finish)
-        staged = await asyncio.to_thread(store.with_children, tenant, staged)
+        # The key covers what was sent; what a fusion's names mean now is not part of it.
         if key is not None and (replay := await _replay(store, tenant, wanted, staged)) is not None:
             return replay
+        staged = await asyncio.to_thread(store.with_children, tenant, staged)
         with services.lowerer.using(((staged.digest, 1.0),), since=time.monotonic()):
             program = await services.lowerer.ensure(tenant, staged.digest, lambda: nullcontext(staged.paths))
             version, reply = await _commit(store, tenant, wanted, staged, program.facts)
             services.lowerer.keep(staged.digest)
+    finally:
+        # Large files take long to remove.
+        await asyncio.to_thread(staging.discard)
     # Whoever pushes an adapter again wants it tried again.
-    services.quarantine.release(tenant, version.digest)
+    services.replica.release(tenant, version.digest)
     services.metrics.upload_bytes.inc(version.nbytes)
     request.state.adapter = version.digest
     return reply
@@ -145,7 +152,7 @@ async def _receive(request: Request, staging: Staging) -> dict[str, str]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return await receive(request, staging)
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in chunks(request):
         body += chunk
         if len(body) > MAX_MANIFEST_BYTES:
             raise ApiError("body_too_large", f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")

@@ -26,7 +26,8 @@ async def load(request: Request, reference: str) -> dict[str, Any]:
     version = await asyncio.to_thread(store.resolve, tenant, reference)
     with services.lowerer.using(((version.digest, 1.0),), since=since):
         program = await services.lowerer.ensure(tenant, version.digest, partial(store.checkout, version))
-        services.quarantine.release(tenant, version.digest)
+        services.replica.release(tenant, version.digest)
+        services.residents.asked(program.program_id, (version.digest,), tenant)
         await services.engine.load_program(program_ref(program))
     return {**describe(version), **await explain(request, version)}
 

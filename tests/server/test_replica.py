@@ -18,6 +18,7 @@ from server.engine.client import EngineClient
 from server.engine.settings import EngineSettings
 from server.engine.types import ProgramEvent, ProgramState
 from server.pins import Pins
+from server.quarantine import Quarantine
 from server.replica import Replica, deleted
 from server.residents import MAX_CHANGES, Residents
 from tests.adapter_store.uploads import good, stage
@@ -47,7 +48,7 @@ class Parts:
         self.store = Store.open(directory / "store")
         self.lowerer = LowererClient(directory, BASE, "float32", directory / name)
         pins = Pins(self.store, self.lowerer, self.engine)
-        self.replica = Replica(name, registry, self.residents, self.store, self.lowerer, self.engine, pins)
+        self.replica = Replica(name, registry, self.residents, self.store, self.lowerer, self.engine, pins, Quarantine())
 
     def commit(self, name: str, seed: int) -> str:
         staging, staged = stage(self.directory / "upload", good(seed))
@@ -57,7 +58,7 @@ class Parts:
     def hold(self, digest: str) -> str:
         """As if a request had brought the adapter's program into host memory."""
         program = self.lowerer.program_id(digest)
-        self.residents.asked(program, (digest,))
+        self.residents.asked(program, (digest,), "acme")
         self.residents.apply(ProgramEvent(program, ProgramState.HOST, 10, 0.1))
         return program
 

@@ -19,7 +19,7 @@ class Process:
 
 def test_a_programs_way_there_and_back() -> None:
     residents = Residents(Process())
-    residents.asked("p", ("sha256:a",))
+    residents.asked("p", ("sha256:a",), "acme")
     residents.apply(ProgramEvent("p", LOADING))
     assert residents.states() == {"p": "loading"}
     residents.apply(ProgramEvent("p", HOST, 100, 0.5))
@@ -68,7 +68,7 @@ def test_memory_is_bounded() -> None:
     residents.take_changes()
     residents.apply(ProgramEvent("held", HOST))
     for index in range(MAX_REMEMBERED + 10):
-        residents.asked(str(index), ())
+        residents.asked(str(index), (), "acme")
     assert residents.of("0") is None
     assert residents.of(str(MAX_REMEMBERED + 9)) is not None
     assert residents.states() == {"held": "host"}

@@ -256,14 +256,18 @@ def test_what_does_not_add_up_lists_its_faults_in_both_shapes(live: Live) -> Non
     assert plain["faults"] == openai["faults"]
 
 
+WITHOUT_BODY = {"/v1/blobs/uploads", "/v1/adapters/{reference}/load", "/v1/adapters/{reference}/pin"}
+
+
 def test_every_body_is_in_the_openapi_document(live: Live) -> None:
     with live.http() as http:
         document = http.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     for path, operations in document["paths"].items():
         if "post" in operations:
-            (content,) = operations["post"]["requestBody"]["content"].values()
-            assert content["schema"], path
+            contents = operations["post"].get("requestBody", {"content": {}})["content"].values()
+            assert all(content["schema"] for content in contents), path
+            assert contents or path in WITHOUT_BODY, path
     text = json.dumps(document)
     assert all(f'"#/components/schemas/{name}"' in text for name in schemas)
     assert {"type": "string"} in schemas["EmbeddingsRequest"]["properties"]["input"]["anyOf"]

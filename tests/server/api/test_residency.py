@@ -42,7 +42,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def live(tiny_models: TinyModels, adapters: list[Path], program_bytes: int, data_dir: Path) -> Iterator[Live]:
     """Started anew for each test, on the same data."""
-    with live_server(tiny_models("llama"), data_dir, "--bank-bytes", str(HELD * program_bytes + 1000)) as server:
+    with live_server(tiny_models("llama"), data_dir, "--bank-bytes", str(program_bytes * (2 * HELD + 1) // 2)) as server:
         with server.http() as http:
             if not http.get("/v1/adapters").json()["data"]:
                 for number, adapter in enumerate(adapters):

@@ -170,8 +170,16 @@ def test_writes_happen_only_under_their_condition(http: httpx.Client, adapters: 
     assert fresh != etag
     moved = http.put("/v1/adapters/guarded/tags/latest", json={"version": "v1"}, headers={"if-match": fresh})
     assert moved.status_code == 200
-    assert http.delete("/v1/adapters/guarded", headers={"if-match": moved.headers["etag"]}).status_code == 200
-    for headers in ({"if-match": "bare"}, {"if-match": "*"}, {"if-none-match": '"x"'}, {"if-match": '"a"', "if-none-match": "*"}):
+    assert push(http, adapters[1], "guarded", {"if-match": "*"}).status_code == 201
+    assert code(push(http, adapters[1], "unguarded", {"if-match": "*"})) == (412, "precondition_failed")
+    etag = http.get("/v1/adapters/guarded").headers["etag"]
+    assert http.delete("/v1/adapters/guarded", headers={"if-match": etag}).status_code == 200
+    for headers in (
+        {"if-match": "bare"},
+        {"if-match": '"a", "b"'},
+        {"if-none-match": '"x"'},
+        {"if-match": '"a"', "if-none-match": "*"},
+    ):
         assert code(push(http, adapters[0], "guarded", headers)) == (400, "invalid_request"), headers
 
 
