@@ -206,8 +206,8 @@ def test_an_adapter_that_keeps_failing_is_refused_until_there_is_a_new_version(
         assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")
         error = refused.json()["error"]
         assert error["param"] == "model"
-        assert "hot failed 3 times in a row" in error["message"]
-        assert "POST /v1/adapters/hot/load" in error["message"]
+        assert "hot@v1 failed 3 times in a row" in error["message"]
+        assert "POST /v1/adapters/hot@v1/load" in error["message"]
         assert "medley_adapters_quarantined 1.0" in http.get("/metrics").text
         assert outcome(acme, "cool") == "served"
         # Nobody else pays for it: the same bytes are another tenant's business.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,44 @@ def adapters(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def program_bytes(tiny_models: TinyModels, adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> int:
+def program_bytes(shared: Live, adapters: list[Path]) -> int:
     """What one of them takes on the device."""
-    with live_server(tiny_models("llama"), tmp_path_factory.mktemp("probe")) as server, server.http() as http:
+    with shared.http() as http:
         return int(push(http, adapters[0], "probe").json()["facts"]["program_bytes"])
 
 
+@contextmanager
+def started(model: Path, data_dir: Path, program_bytes: int) -> Iterator[Live]:
+    """A server on the data of this module."""
+    with live_server(model, data_dir, "--bank-bytes", str(program_bytes * (2 * HELD + 1) // 2)) as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("live")
+def data_dir(tiny_models: TinyModels, adapters: list[Path], program_bytes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a server that had the adapters pushed, one used and two pinned, and was stopped."""
+    directory = tmp_path_factory.mktemp("live")
+    with started(tiny_models("llama"), directory, program_bytes) as server, server.http() as http:
+        for number, adapter in enumerate(adapters):
+            assert push(http, adapter, f"a{number}").status_code == 201
+        before = shown(http, "a0")
+        assert (before["residency"], before["load_seconds"], before["pinned"], before["quarantine"]) == ({}, {}, False, None)
+        answer(http, "a0")
+        until(lambda: states(http, "a0") == {"resident"})
+        after = shown(http, "a0")
+        assert after["load_seconds"].keys() == {"host", "resident"}
+        assert abs(after["last_used"] - time.time()) < 60
+        pinned = http.post("/v1/adapters/a2/pin")
+        assert (pinned.status_code, pinned.json()["pinned"]) == (200, True)
+        assert http.post("/v1/adapters/a3@v1/pin").status_code == 200
+        until(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
+    return directory
 
 
-@pytest.fixture
-def live(tiny_models: TinyModels, adapters: list[Path], program_bytes: int, data_dir: Path) -> Iterator[Live]:
-    """Started anew for each test, on the same data."""
-    with live_server(tiny_models("llama"), data_dir, "--bank-bytes", str(program_bytes * (2 * HELD + 1) // 2)) as server:
-        with server.http() as http:
-            if not http.get("/v1/adapters").json()["data"]:
-                for number, adapter in enumerate(adapters):
-                    assert push(http, adapter, f"a{number}").status_code == 201
+@pytest.fixture(scope="module")
+def live(tiny_models: TinyModels, data_dir: Path, program_bytes: int) -> Iterator[Live]:
+    """Started on what the one before left."""
+    with started(tiny_models("llama"), data_dir, program_bytes) as server:
         yield server
 
 
@@ -65,25 +85,23 @@ def states(http: httpx.Client, name: str) -> set[str]:
     return set(shown(http, name)["residency"].values())
 
 
-def test_what_is_told_of_an_adapter(live: Live) -> None:
+def test_what_is_told_of_an_adapter_outlives_the_server(live: Live) -> None:
     with live.http() as http:
-        before = shown(http, "a0")
-        assert (before["residency"], before["load_seconds"], before["pinned"], before["quarantine"]) == ({}, {}, False, None)
-        answer(http, "a0")
-        until(lambda: states(http, "a0") == {"resident"})
-        after = shown(http, "a0")
-        assert after["load_seconds"].keys() == {"host", "resident"}
-        assert abs(after["last_used"] - time.time()) < 60
-        facts = after["facts"]
-        assert (facts["method"], facts["rank"], facts["modules"]) == ("LORA", 4, ["down_proj", "q_proj"])
-        assert after["files"][0].keys() == {"name", "digest", "bytes"}
-        assert (after["tags"], after["versions"][0]["tags"]) == ({"latest": "v1"}, ["latest"])
-
-
-def test_when_an_adapter_was_used_outlives_the_server(live: Live) -> None:
-    with live.http() as http:
-        assert abs(shown(http, "a0")["last_used"] - time.time()) < 60
+        found = shown(http, "a0")
+        assert abs(found["last_used"] - time.time()) < 120
         assert shown(http, "a7")["last_used"] is None
+        facts = found["facts"]
+        assert (facts["method"], facts["rank"], facts["modules"]) == ("LORA", 4, ["down_proj", "q_proj"])
+        assert found["files"][0].keys() == {"name", "digest", "bytes"}
+        assert (found["tags"], found["versions"][0]["tags"]) == ({"latest": "v1"}, ["latest"])
+
+
+def test_another_tenant_does_not_learn_what_is_loaded(live: Live, adapters: list[Path]) -> None:
+    with live.http("globex") as http:
+        assert push(http, adapters[2], "copy").status_code == 201
+        found = shown(http, "copy")
+        assert (found["residency"], found["load_seconds"], found["last_used"], found["pinned"]) == ({}, {}, None, False)
+        assert http.delete("/v1/adapters/copy").status_code == 200
 
 
 def test_loading_ahead(live: Live) -> None:
@@ -93,11 +111,8 @@ def test_loading_ahead(live: Live) -> None:
         assert shown(http, "a1")["last_used"] is None, "nobody used it"
 
 
-def test_what_is_pinned_stays_also_over_a_restart(live: Live) -> None:
+def test_what_is_pinned_stays(live: Live) -> None:
     with live.http() as http:
-        pinned = http.post("/v1/adapters/a2/pin")
-        assert (pinned.status_code, pinned.json()["pinned"]) == (200, True)
-        assert http.post("/v1/adapters/a3@v1/pin").status_code == 200
         until(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
         refused = http.post("/v1/adapters/a4/pin")
         assert code(refused) == (409, "pin_limit")

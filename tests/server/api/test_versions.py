@@ -13,7 +13,7 @@ import pytest
 from peft import LoraConfig
 
 from tests.conftest import TinyModels
-from tests.live import Live, live_server
+from tests.live import Live
 from tests.parity.cases import Case, make_checkpoint
 
 CASE = Case("law", lambda _: LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]), scale=0.5)
@@ -34,9 +34,8 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
 
 
 @pytest.fixture(scope="module")
-def live(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(model, tmp_path_factory.mktemp("live")) as server:
-        yield server
+def live(shared: Live) -> Live:
+    return shared
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def test_an_alias_gives_a_user_always_the_same(http: httpx.Client, adapters: lis
     assert http.get("/v1/models/live").status_code == 200
     assert http.put("/v1/aliases/live", json={"targets": [{"adapter": "bold"}]}).status_code == 200
     assert {answer(http, "live", f"user-{number}") for number in range(6)} == {texts[1]}
-    assert [item["name"] for item in http.get("/v1/aliases").json()["data"]] == ["live"]
+    assert "live" in [item["name"] for item in http.get("/v1/aliases").json()["data"]]
     assert code(push(http, adapters[2], "live")) == (409, "name_taken")
     assert code(http.put("/v1/aliases/calm", json={"targets": [{"adapter": "bold"}]})) == (409, "name_taken")
     assert code(http.put("/v1/aliases/other", json={"targets": [{"adapter": "absent"}]})) == (404, "adapter_not_found")
