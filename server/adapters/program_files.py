@@ -8,6 +8,7 @@ stays: its program may have to be loaded once more.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -51,6 +52,10 @@ class ProgramFiles:
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._directory.iterdir(), key=lambda path: path.stat().st_mtime):
             digest = stored.get(path.stem)
+            if path.is_dir():
+                # Earlier versions kept programs of several adapters apart.
+                shutil.rmtree(path)
+                continue
             if digest is None or path.name != self.path(path.stem).name:
                 path.unlink(missing_ok=True)
                 continue

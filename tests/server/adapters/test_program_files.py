@@ -145,6 +145,8 @@ def test_what_an_earlier_process_left_is_taken_over_or_removed(tmp_path: Path) -
     for age, name in enumerate(("new.safetensors", "old.safetensors", "gone.safetensors", ".new.safetensors.17", "two.txt")):
         (tmp_path / name).write_bytes(b"x" * 40)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    (tmp_path / "composites").mkdir()
+    (tmp_path / "composites" / "two.safetensors").write_bytes(b"x")
     files = ProgramFiles(tmp_path, 100)
     files.open({"old": "a", "new": "b", "missing": "c", "two": "d"})
     assert {path.name for path in tmp_path.iterdir()} == {"old.safetensors", "new.safetensors"}
