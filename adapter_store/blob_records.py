@@ -88,7 +88,8 @@ class BlobRecords:
         with self._database.write() as connection:
             insert = self._database.insert(blobs)
             sized = insert.on_conflict_do_update(index_elements=["sha256"], set_={"nbytes": insert.excluded.nbytes})
-            connection.execute(sized, sorted(rows, key=lambda row: str(row["sha256"])))
+            if rows:
+                connection.execute(sized, sorted(rows, key=lambda row: str(row["sha256"])))
             # What is not stored is found out by who wants it; its size is not worth looking for at every start.
             connection.execute(update(blobs).where(blobs.c.nbytes.is_(None)).values(nbytes=0))
 

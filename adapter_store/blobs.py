@@ -41,14 +41,14 @@ class BlobStore(Protocol):
     def link(self, sha256: str, target: Path) -> None:
         """Make ``target`` a local file with the blob's bytes, which stays whatever becomes of the blob. It must never be written to.
 
-        Raises BlobCorrupt when the blob is missing or damaged.
+        Raises BlobCorrupt when the blob is missing, or found to be damaged: it is hashed once per process, before its first use.
         """
 
     def size(self, sha256: str) -> int | None:
         """Bytes of a stored blob, None for one that is missing."""
 
     def delete(self, sha256: str) -> None:
-        """Forget a blob; unknown ones are no error."""
+        """Forget a blob; unknown ones are no error. Takes a few seconds at most: who calls this keeps others from writing the catalog."""
 
     def clear(self, before: float) -> int:
         """Remove what crashes left on the local disk before a time, in seconds since the epoch. Returns how many files."""
@@ -59,6 +59,8 @@ class LocalBlobs:
 
     def __init__(self, root: Path) -> None:
         self._root = root / "sha256"
+        # A set's own operations are atomic; hashing a blob twice does no harm.
+        self._verified: set[str] = set()
         self._root.mkdir(parents=True, exist_ok=True)
         for directory in (root, root.parent):
             sync_directory(directory)
@@ -68,12 +70,14 @@ class LocalBlobs:
         # A damaged blob is mended by pushing it again, which is why its bytes are read and not only its name.
         if fresh or not is_whole(target, sha256):
             write_durably(read_chunks(source), sha256, target)
+        self._verified.add(sha256)
 
     def link(self, sha256: str, target: Path) -> None:
         path = self._path(sha256)
         for _ in range(_LINK_TRIES):
             with contextlib.suppress(FileNotFoundError):
                 os.link(path, target)
+                self._verify(sha256, target)
                 return
             # Linux says the same of a file that a put has replaced in this very moment.
             if not path.exists():
@@ -88,6 +92,7 @@ class LocalBlobs:
 
     def delete(self, sha256: str) -> None:
         self._path(sha256).unlink(missing_ok=True)
+        self._verified.discard(sha256)
 
     def digests(self) -> Iterator[str]:
         """Everything stored."""
@@ -95,6 +100,15 @@ class LocalBlobs:
 
     def clear(self, before: float) -> int:
         return clear_hidden(self._root, before)
+
+    def _verify(self, sha256: str, link: Path) -> None:
+        """See to it that what was linked is the blob: a disk may have changed it since it was written. Removes the link if not."""
+        if sha256 in self._verified:
+            return
+        if not is_whole(link, sha256):
+            link.unlink()
+            raise BlobCorrupt(f"blob {sha256[:12]} is damaged in the store; push the adapter again")
+        self._verified.add(sha256)
 
     def _path(self, sha256: str) -> Path:
         return self._root / blob_key(sha256)

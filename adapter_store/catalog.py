@@ -10,17 +10,40 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import BindParameter, Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import BindParameter, Connection, Row, bindparam, delete, exists, func, insert, select, update
 
 from adapter_store import aliases, lookup, names, schema
 from adapter_store.blob_records import BlobRecords
 from adapter_store.database import Database
-from adapter_store.errors import InvalidName, PreconditionFailed, VersionInUse
+from adapter_store.errors import AdapterNotFound, InvalidName, PreconditionFailed, VersionInUse
 from adapter_store.idempotency import Idempotency
 from adapter_store.manifest import Reference
-from adapter_store.types import ALWAYS, LATEST, AdapterRecord, AdapterVersion, Condition, VersionFile
+from adapter_store.types import (
+    ALWAYS,
+    LATEST,
+    AdapterRecord,
+    AdapterVersion,
+    Condition,
+    DeletedVersion,
+    Listed,
+    Replay,
+    VersionFile,
+)
 
 _names, _versions, _tags, _files = schema.names, schema.versions, schema.tags, schema.files
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What is to be published: a tenant's name and tag shall mean these files, whose blobs are stored."""
+
+    tenant: str
+    name: str
+    digest: str
+    files: tuple[VersionFile, ...]
+    facts: dict[str, Any]
+    tag: str = LATEST
+    condition: Condition = ALWAYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,45 +63,45 @@ class Catalog:
         self._blob_records = blob_records
         self._idempotency = idempotency
 
-    def publish(
-        self,
-        tenant: str,
-        name: str,
-        digest: str,
-        files: tuple[VersionFile, ...],
-        facts: dict[str, Any],
-        tag: str = LATEST,
-        condition: Condition = ALWAYS,
-        once: Once | None = None,
-    ) -> AdapterVersion:
-        """Make a tag name ``digest``: a new version, or the one with the same digest. A name's first version is its latest too.
+    def publish(self, wanted: Publication) -> AdapterVersion:
+        """Make the tag name the digest: a new version, or the one that has it. A name's first version is its latest too.
 
-        The files' blobs must be stored. Raises NameTaken, PreconditionFailed, IdempotencyKeyReused.
+        Raises NameTaken, PreconditionFailed.
         """
         with self._database.write() as connection:
-            if once is not None and not self._idempotency.claim(connection, tenant, once.key, once.fingerprint):
-                done = lookup.find_digest(connection, tenant, name, digest)
-                if done is None:
-                    raise lookup.not_found(name)
+            return self._publish(connection, wanted)
+
+    def publish_once(self, wanted: Publication, once: Once) -> AdapterVersion | Replay:
+        """``publish``, unless there is a reply under the key already: then that comes back, and nothing is changed.
+
+        Raises IdempotencyKeyReused, NameTaken, PreconditionFailed.
+        """
+        with self._database.write() as connection:
+            done = self._idempotency.claim(connection, wanted.tenant, once.key, once.fingerprint)
+            if done is not None:
                 return done
-            row = names.take(self._database, connection, tenant, name, schema.ADAPTER, condition)
-            version = lookup.find_digest(connection, tenant, name, digest)
-            if version is None:
-                version = self._add(connection, row, digest, files, facts)
-            if self._point(connection, row, tag, version.number):
-                names.change(connection, row)
-            if once is not None:
-                self._idempotency.store(connection, tenant, once.key, *once.reply(version))
+            version = self._publish(connection, wanted)
+            self._idempotency.store(connection, wanted.tenant, once.key, *once.reply(version))
             return version
+
+    def version(self, tenant: str, reference: Reference) -> AdapterVersion:
+        """The version of an adapter that a reference means. Raises AdapterNotFound, for an alias too."""
+        with self._database.look() as connection:
+            found = lookup.find_version(connection, tenant, reference)
+        if found is None:
+            raise lookup.not_found(reference.name)
+        return found
 
     def resolve(self, tenant: str, reference: Reference, user: str | None = None) -> AdapterVersion:
         """The version that a reference means: an adapter's, or for a bare name the one that an alias means for this user.
         Raises AdapterNotFound."""
-        with self._database.look() as connection:
-            version = lookup.find_version(connection, tenant, reference)
-        if version is None and reference.is_bare:
-            with self._database.read() as connection:
-                version = aliases.find(connection, tenant, reference.name, user)
+        try:
+            return self.version(tenant, reference)
+        except AdapterNotFound:
+            if not reference.is_bare:
+                raise
+        with self._database.read() as connection:
+            version = aliases.find(connection, tenant, reference.name, user)
         if version is None:
             raise lookup.not_found(reference.name)
         return version
@@ -92,6 +115,11 @@ class Catalog:
         """Up to ``limit`` adapters in the order of their names' bytes, those after ``after``."""
         with self._database.read() as connection:
             return lookup.page(connection, tenant, limit, after)
+
+    def listed(self, tenant: str, limit: int, after: str) -> tuple[Listed, ...]:
+        """Up to ``limit`` adapters and aliases in the order of their names' bytes, those after ``after``."""
+        with self._database.look() as connection:
+            return lookup.listed(connection, tenant, limit, after)
 
     def set_tag(self, tenant: str, name: str, tag: str, version: Reference, condition: Condition = ALWAYS) -> AdapterRecord:
         """Make a tag name a version. ``absent`` of the condition is about the tag. Raises AdapterNotFound, PreconditionFailed."""
@@ -121,8 +149,9 @@ class Catalog:
             names.change(connection, row)
             return _record(connection, tenant, name)
 
-    def remove(self, tenant: str, reference: Reference, condition: Condition = ALWAYS) -> list[AdapterVersion]:
-        """Remove an adapter, or one version of it; the newest one left becomes its latest if need be. Returns what was removed.
+    def remove(self, tenant: str, reference: Reference, condition: Condition = ALWAYS) -> list[DeletedVersion]:
+        """Remove an adapter, or one version of it; the newest one left becomes its latest if need be. Returns what was removed,
+        newest first.
 
         Raises AdapterNotFound, PreconditionFailed, and VersionInUse when an alias, or for a version another tag than
         ``latest``, names what is to go.
@@ -132,26 +161,27 @@ class Catalog:
         with self._database.write() as connection:
             row = _locked(connection, tenant, name, condition)
             # Locked in the order in which ``touch`` writes them, so that the two never wait for each other.
-            connection.execute(select(_versions.c.number).where(here).order_by(_versions.c.number).with_for_update())
-            record = _record(connection, tenant, name)
-            gone = list(record.versions)
+            query = select(_versions.c.number, _versions.c.digest).where(here).order_by(_versions.c.number).with_for_update()
+            digests = {row.number: row.digest for row in connection.execute(query)}
+            gone = set(digests)
             if not reference.is_bare:
                 found = lookup.find_row(connection, tenant, reference)
-                gone = [version for version in record.versions if found is not None and version.number == found.number]
-                if not gone:
+                if found is None:
                     raise lookup.not_found(name)
-                _check_tags(record, gone[0])
-            left = [version.number for version in record.versions if version not in gone]
-            _check_aliases(connection, record, gone, bool(left))
+                _check_tags(connection, found)
+                gone = {found.number}
+            left = digests.keys() - gone
+            _check_aliases(connection, tenant, name, {number: digests[number] for number in gone}, bool(left))
             if left:
-                if record.latest in gone:
+                latest = lookup.find_row(connection, tenant, Reference(name, tag=LATEST))
+                if latest is None or latest.number in gone:
                     self._point(connection, row, LATEST, max(left))
-                connection.execute(delete(_versions).where(here, _versions.c.number == gone[0].number))
+                connection.execute(delete(_versions).where(here, _versions.c.number.in_(gone)))
                 names.change(connection, row)
             else:
                 connection.execute(delete(_names).where(_names.c.tenant == tenant, _names.c.name == name))
-            _drop_pins(connection, tenant, {version.digest for version in gone})
-            return gone
+            self._drop_pins(connection, tenant)
+            return [DeletedVersion(name, number, digests[number]) for number in sorted(gone, reverse=True)]
 
     def touch(self, used: Mapping[tuple[str, str, int], float]) -> None:
         """Write down when versions (tenant, name, number) were last used; those that are gone, and older times, are passed over, and so
@@ -187,23 +217,39 @@ class Catalog:
         with self._database.read() as connection:
             return lookup.present_digests(connection, digests)
 
-    def _add(
-        self, connection: Connection, row: Row[Any], digest: str, files: tuple[VersionFile, ...], facts: dict[str, Any]
-    ) -> AdapterVersion:
-        self._blob_records.hold(connection, (file.sha256 for file in files))
-        nbytes, ordered = sum(file.nbytes for file in files), tuple(sorted(files, key=lambda file: file.role))
-        version = AdapterVersion(row.tenant, row.name, row.next_number, digest, self._database.now(), nbytes, ordered, facts)
+    def _publish(self, connection: Connection, wanted: Publication) -> AdapterVersion:
+        row = names.take(self._database, connection, wanted.tenant, wanted.name, schema.ADAPTER, wanted.condition)
+        version = lookup.find_digest(connection, wanted.tenant, wanted.name, wanted.digest)
+        if version is None:
+            version = self._add(connection, row, wanted)
+        if self._point(connection, row, wanted.tag, version.number):
+            names.change(connection, row)
+        return version
+
+    def _add(self, connection: Connection, row: Row[Any], wanted: Publication) -> AdapterVersion:
+        self._blob_records.hold(connection, (file.sha256 for file in wanted.files))
+        now, nbytes = self._database.now(), sum(file.nbytes for file in wanted.files)
+        files = tuple(sorted(wanted.files, key=lambda file: file.role))
+        version = AdapterVersion(row.tenant, row.name, row.next_number, wanted.digest, now, nbytes, files, wanted.facts)
         here = {"tenant": row.tenant, "name": row.name, "number": version.number}
-        values = {"digest": digest, "created": version.created, "nbytes": nbytes, "facts": json.dumps(facts)}
+        values = {"digest": version.digest, "created": now, "nbytes": nbytes, "facts": json.dumps(version.facts)}
         connection.execute(insert(_versions).values(**here, **values))
         connection.execute(
             insert(_files),
-            [{**here, "role": file.role, "filename": file.name, "sha256": file.sha256} for file in ordered],
+            [{**here, "role": file.role, "filename": file.name, "sha256": file.sha256} for file in files],
         )
         names.change(connection, row, next_number=version.number + 1)
         if version.number == 1:
             self._point(connection, row, LATEST, 1)
         return version
+
+    def _drop_pins(self, connection: Connection, tenant: str) -> None:
+        """A tenant pins what it has; with its last version of a digest the pin goes."""
+        # Of two removals at once neither sees what the other has removed, and each would leave the pin to the other.
+        self._database.serialize(connection, f"pins of {tenant}")
+        pins = schema.pins
+        has = exists().where(_versions.c.tenant == tenant, _versions.c.digest == pins.c.digest)
+        connection.execute(delete(pins).where(pins.c.tenant == tenant, ~has))
 
     def _point(self, connection: Connection, row: Row[Any], tag: str, number: int) -> bool:
         """Make a tag of a locked name name a version; False when it does already."""
@@ -230,32 +276,27 @@ def _record(connection: Connection, tenant: str, name: str) -> AdapterRecord:
     return record
 
 
-def _check_tags(record: AdapterRecord, version: AdapterVersion) -> None:
-    using = [tag for tag in record.tags_of(version.number) if tag != LATEST]
+def _check_tags(connection: Connection, version: Row[Any]) -> None:
+    query = select(_tags.c.tag).where(_tags.c.tenant == version.tenant, _tags.c.name == version.name, _tags.c.tag != LATEST)
+    using = connection.execute(query.where(_tags.c.number == version.number).order_by(_tags.c.tag)).scalars().all()
     if using:
-        raise VersionInUse(f"{record.name}@v{version.number} has the tag {', '.join(using)}; move or remove it first")
+        raise VersionInUse(f"{version.name}@v{version.number} has the tag {', '.join(using)}; move or remove it first")
 
 
-def _check_aliases(connection: Connection, record: AdapterRecord, gone: list[AdapterVersion], some_left: bool) -> None:
-    """Aliases that name a tag are safe: ``latest`` moves on, and a version with another tag is not removed."""
+def _check_aliases(connection: Connection, tenant: str, name: str, gone: dict[int, str], some_left: bool) -> None:
+    """Whether an alias means what is to go (number → digest). One that names a tag is safe: ``latest`` moves on, and a version with
+    another tag is not removed."""
     using = sorted(
         {
             alias
-            for alias, reference in aliases.naming(connection, record.tenant, record.name)
+            for alias, reference in aliases.naming(connection, tenant, name)
             if not some_left
-            or any(
-                version.number == reference.number
-                or (reference.digest_prefix is not None and version.digest.startswith(reference.digest_prefix))
-                for version in gone
+            or reference.number in gone
+            or (
+                reference.digest_prefix is not None
+                and any(digest.startswith(reference.digest_prefix) for digest in gone.values())
             )
         }
     )
     if using:
-        raise VersionInUse(f"the alias {', '.join(using)} means {record.name!r} or this version; change or remove it first")
-
-
-def _drop_pins(connection: Connection, tenant: str, digests: set[str]) -> None:
-    """A tenant pins what it has; with its last version of a digest the pin goes."""
-    still = select(_versions.c.digest).where(_versions.c.tenant == tenant, _versions.c.digest.in_(digests))
-    pins = schema.pins
-    connection.execute(delete(pins).where(pins.c.tenant == tenant, pins.c.digest.in_(digests), pins.c.digest.not_in(still)))
+        raise VersionInUse(f"the alias {', '.join(using)} means {name!r} or this version; change or remove it first")

@@ -11,17 +11,31 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, func, make_url, select
+import psycopg
+from psycopg.abc import PQGen
+from psycopg.pq import TransactionStatus
+from sqlalchemy import URL, Connection, Engine, NullPool, Table, create_engine, event, func, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from adapter_store.errors import StorageFull, StoreError, StoreUnavailable
 
+MAX_CONNECTIONS = 32
+"""Connections at once. With as many threads, slow writes never starve reads."""
 _WAIT_MS = 10_000
+_STATEMENT_MS = 10_000
+"""How long PostgreSQL may work on one statement."""
+_LOCK_MS = 5_000
+"""How long a statement may wait there for another transaction."""
+_CONNECT_S = 5
+_SILENCE_S = 12.0
+"""After how long without an answer a connection is given up: more than a statement may take."""
 _POSTGRES_DISK_FULL = "53100"
+
+T = TypeVar("T")
 
 
 class Database:
@@ -29,7 +43,8 @@ class Database:
 
     def __init__(self, url: str | URL, clock: Callable[[], float] = time.time) -> None:
         self.now = clock
-        self._engine = _create(url)
+        self._url = _parsed(url)
+        self._engine = _create(self._url)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
         if self._is_sqlite:
             _configure_sqlite(self._engine)
@@ -57,6 +72,17 @@ class Database:
         with _translated(), self._writing.begin() as connection:
             yield connection
 
+    @contextmanager
+    def migrate(self) -> Iterator[Connection]:
+        """A write that may take as long as it needs, where others end in StoreUnavailable: for changes of the tables."""
+        if self._is_sqlite:
+            with self.write() as connection:
+                yield connection
+            return
+        patient = create_engine(self._url, poolclass=NullPool, connect_args={"connect_timeout": _CONNECT_S})
+        with _translated(), patient.begin() as connection:
+            yield connection
+
     def insert(self, table: Table) -> sqlite.Insert | postgresql.Insert:
         """An INSERT that can say what to do when the row is there already (``on_conflict_do_…``)."""
         return sqlite.insert(table) if self._is_sqlite else postgresql.insert(table)
@@ -71,18 +97,44 @@ class Database:
         self._engine.dispose()
 
 
-def _create(text: str | URL) -> Engine:
+class _BoundedConnection(psycopg.Connection[Any]):
+    """Gives up on a server that is silent although its machine is there: a stopped process, a disk that hangs."""
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        try:
+            return super().wait(gen, interval, timeout=_SILENCE_S if timeout is None else timeout)
+        except psycopg.OperationalError:
+            # Without an answer to its statement the connection is of no use, not even to undo anything.
+            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                self.pgconn.finish()
+            raise
+
+
+def _parsed(url: str | URL) -> URL:
     try:
-        url = make_url(text)
+        return make_url(url)
     except ArgumentError as error:
         raise StoreError("the catalog's URL cannot be read; it starts with sqlite:/// or postgresql+psycopg://") from error
-    # As many connections as there are threads of asyncio.to_thread, so that slow writes never starve reads.
-    pool = {"pool_size": 8, "max_overflow": 24, "pool_timeout": _WAIT_MS / 1000}
+
+
+def _create(url: URL) -> Engine:
+    # A few connections stay, the others are closed after use.
+    pool = {"pool_size": 8, "max_overflow": MAX_CONNECTIONS - 8, "pool_timeout": _WAIT_MS / 1000}
     if url.drivername == "sqlite":
         return create_engine(url, **pool)
     if url.drivername == "postgresql+psycopg":
-        return create_engine(url, **pool, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+        engine = create_engine(url, **pool, pool_pre_ping=True, connect_args=_limits(url))
+        event.listen(engine, "do_connect", lambda _dialect, _record, args, kwargs: _BoundedConnection.connect(*args, **kwargs))
+        return engine
     raise StoreError(f"the catalog cannot be kept in {url.drivername!r}; give a URL of sqlite:/// or postgresql+psycopg://")
+
+
+def _limits(url: URL) -> dict[str, Any]:
+    """How long to wait for a server that is slow, or a machine that is gone. What the URL says itself goes before these."""
+    options = f"-c statement_timeout={_STATEMENT_MS} -c lock_timeout={_LOCK_MS} {url.query.get('options', '')}"
+    limits = {"connect_timeout": _CONNECT_S, "tcp_user_timeout": _STATEMENT_MS}
+    limits |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+    return {"options": options, **{name: value for name, value in limits.items() if name not in url.query}}
 
 
 def _configure_sqlite(engine: Engine) -> None:

@@ -91,7 +91,7 @@ def full_disk_is_storage_full() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StorageFull("no space is left to store the upload") from error
+            raise StorageFull("no space is left on the store's disk") from error
         raise
 
 

@@ -36,8 +36,8 @@ class Idempotency:
         with self._database.read() as connection:
             return self._find(connection, tenant, key)
 
-    def claim(self, connection: Connection, tenant: str, key: str, fingerprint: str) -> bool:
-        """Start a transaction that ends with ``store``. False when a reply is there already, so that nothing is to be done.
+    def claim(self, connection: Connection, tenant: str, key: str, fingerprint: str) -> Replay | None:
+        """Start a transaction that ends with ``store``. When a reply is there already it comes back, and nothing is to be done.
 
         Waits for another transaction with the same key. Raises IdempotencyKeyReused when that was for something else.
         """
@@ -47,13 +47,13 @@ class Idempotency:
         row = {"tenant": tenant, "key": _hashed(key), "fingerprint": fingerprint, "status": 0, "body": "", "created": now}
         claimed = self._database.insert(replies).values(row).on_conflict_do_nothing().returning(replies.c.key)
         if connection.execute(claimed).first() is not None:
-            return True
-        found = connection.execute(select(replies.c.fingerprint).where(here)).scalar_one()
-        if found != fingerprint:
+            return None
+        done = Replay(*connection.execute(select(replies.c.fingerprint, replies.c.status, replies.c.body).where(here)).one())
+        if done.fingerprint != fingerprint:
             raise IdempotencyKeyReused(
                 "this idempotency key came with another name, tag or other files in the last 24 hours; use a new key for a new request"
             )
-        return False
+        return done
 
     def store(self, connection: Connection, tenant: str, key: str, status: int, body: str) -> None:
         """Put the reply under the key that this transaction has claimed."""

@@ -1,4 +1,4 @@
-"""Reading the catalog: which version a reference means, and pages of adapters. Changes nothing, and knows no alias.
+"""Reading the catalog: which version a reference means, and pages of adapters. Changes nothing, and knows not what an alias means.
 
 Everything works on a connection, so that a caller can look and change in one transaction.
 """
@@ -15,7 +15,7 @@ from sqlalchemy.sql import Select
 from adapter_store import schema
 from adapter_store.errors import AdapterNotFound
 from adapter_store.manifest import Reference
-from adapter_store.types import LATEST, AdapterRecord, AdapterVersion, VersionFile
+from adapter_store.types import LATEST, AdapterRecord, AdapterVersion, Listed, VersionFile
 
 _names, _versions, _tags, _files = schema.names, schema.versions, schema.tags, schema.files
 
@@ -110,6 +110,16 @@ def find_digests(connection: Connection, digests: Collection[str]) -> list[Adapt
 def page(connection: Connection, tenant: str, limit: int, after: str) -> tuple[AdapterRecord, ...]:
     """Up to ``limit`` adapters in the order of their names' bytes, those after ``after``."""
     return _records(connection, _adapters(tenant).where(_names.c.name > after).limit(limit), tenant)
+
+
+def listed(connection: Connection, tenant: str, limit: int, after: str) -> tuple[Listed, ...]:
+    """Up to ``limit`` adapters and aliases in the order of their names' bytes, those after ``after``. One statement, and no files."""
+    here = and_(_tags.c.tenant == _names.c.tenant, _tags.c.name == _names.c.name, _tags.c.tag == LATEST)
+    source = _names.outerjoin(_tags, here).outerjoin(
+        _versions, and_(*(_versions.c[key] == _tags.c[key] for key in ("tenant", "name", "number")))
+    )
+    query = select(_names.c.name, _versions.c.created).select_from(source).where(_names.c.tenant == tenant, _names.c.name > after)
+    return tuple(Listed(*row) for row in connection.execute(query.order_by(_names.c.name).limit(limit)))
 
 
 def not_found(name: str) -> AdapterNotFound:

@@ -34,6 +34,7 @@ _RETRIES: RetryConfig = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1)},
     "retry_timeout": timedelta(seconds=5),
 }
+_ONCE: RetryConfig = {"max_retries": 0}
 _PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 4
 
@@ -41,8 +42,10 @@ _PARTS_AT_ONCE = 4
 class ObjectBlobs:
     """Blobs in an object store. Uploads are complete or absent; the store checks the digest that each request is signed with."""
 
-    def __init__(self, quick: ObjectStore, patient: ObjectStore, cache: BlobCache) -> None:
-        """Two clients of the same place: ``patient`` waits longer for an answer, and uploads."""
+    def __init__(self, hasty: ObjectStore, quick: ObjectStore, patient: ObjectStore, cache: BlobCache) -> None:
+        """Three clients of the same place: ``hasty`` tries once and deletes, as who deletes holds a lock of the catalog; ``patient``
+        waits longer for an answer, and uploads."""
+        self._hasty = hasty
         self._quick = quick
         self._patient = patient
         self._cache = cache
@@ -54,7 +57,7 @@ class ObjectBlobs:
         if not re.match("s3://[^/]", url):
             raise StoreError("blobs are kept in a directory or at an URL of s3://bucket/prefix; this URL is another")
         # An upload is silent for as long as its parts are under way, a download never.
-        return cls(_client(url, silence_s=5), _client(url, silence_s=60), cache)
+        return cls(_client(url, silence_s=3, retry=_ONCE), _client(url, silence_s=5), _client(url, silence_s=60), cache)
 
     def put(self, source: Path, sha256: str, *, fresh: bool = True) -> None:
         if digest_of(source) != sha256:
@@ -75,7 +78,7 @@ class ObjectBlobs:
 
     def delete(self, sha256: str) -> None:
         with self._reach():
-            obstore.delete(self._quick, _key(sha256))
+            obstore.delete(self._hasty, _key(sha256))
         self._cache.forget(sha256)
 
     def clear(self, before: float) -> int:
@@ -104,7 +107,7 @@ def _key(sha256: str) -> str:
     return f"sha256/{blob_key(sha256)}"
 
 
-def _client(url: str, silence_s: float) -> S3Store:
+def _client(url: str, silence_s: float, retry: RetryConfig = _RETRIES) -> S3Store:
     """A client that gives up on a connection after ``silence_s`` without a byte; plain HTTP only where the endpoint says so."""
     endpoint = next((os.environ[name] for name in _ENDPOINTS if name in os.environ), "")
     options: ClientConfig = {
@@ -114,4 +117,4 @@ def _client(url: str, silence_s: float) -> S3Store:
         # Of a whole request; the largest blob on a slow line must fit.
         "timeout": timedelta(hours=1),
     }
-    return S3Store.from_url(url, client_options=options, retry_config=_RETRIES)
+    return S3Store.from_url(url, client_options=options, retry_config=retry)

@@ -19,18 +19,20 @@ class Pins:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, tenant: str, digest: str) -> None:
-        """Pin what the tenant has; pinning twice is no error. Raises AdapterNotFound, PinLimit."""
+    def add(self, tenant: str, digest: str) -> bool:
+        """Pin what the tenant has. False when it was pinned already. Raises AdapterNotFound, PinLimit."""
         with self._database.write() as connection:
-            # Counting and adding must not be divided by another pin of the tenant, nor by a removal of what is pinned.
-            self._database.serialize(connection, f"pins of {tenant}")
+            # What is pinned must not be removed meanwhile. A removal, too, holds its versions before it comes to the pins.
             has = select(versions.c.number).where(versions.c.tenant == tenant, versions.c.digest == digest)
             if connection.execute(has.with_for_update(read=True, key_share=True)).first() is None:
                 raise lookup.not_found(digest)
+            # Counting and adding must not be divided by another pin of the tenant.
+            self._database.serialize(connection, f"pins of {tenant}")
             others = select(func.count()).select_from(pins).where(pins.c.tenant == tenant, pins.c.digest != digest)
             if connection.execute(others).scalar_one() >= MAX_PINS:
                 raise PinLimit(f"at most {MAX_PINS} adapters can be pinned; unpin another first")
-            connection.execute(self._database.insert(pins).values(tenant=tenant, digest=digest).on_conflict_do_nothing())
+            insert = self._database.insert(pins).values(tenant=tenant, digest=digest).on_conflict_do_nothing()
+            return connection.execute(insert.returning(pins.c.digest)).first() is not None
 
     def remove(self, tenant: str, digest: str) -> None:
         """Unpin; what is not pinned is no error."""

@@ -6,7 +6,7 @@
   cache/           copies of those that an object store has (see blob_cache)
   uploads/         adapters while they arrive (see staging)
   partial/         resumable uploads of single blobs (see uploads)
-  checkouts/       links to blobs that somebody reads just now
+  checkouts/       links to blobs that somebody reads just now (see checkouts)
 
 All of it is on one filesystem, one that knows hard links.
 """
@@ -14,10 +14,9 @@ All of it is on one filesystem, one that knows hard links.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from sqlalchemy import URL
@@ -27,7 +26,8 @@ from adapter_store.aliases import Aliases
 from adapter_store.blob_cache import BlobCache
 from adapter_store.blob_records import OWNED_S, UNTOUCHED_S, BlobRecords
 from adapter_store.blobs import BlobStore, LocalBlobs
-from adapter_store.catalog import Catalog, Once
+from adapter_store.catalog import Catalog, Once, Publication
+from adapter_store.checkouts import Checkouts
 from adapter_store.children import with_children
 from adapter_store.database import Database
 from adapter_store.durable import CHUNK, clear_directories
@@ -44,14 +44,14 @@ from adapter_store.types import (
     AdapterVersion,
     Alias,
     Condition,
+    DeletedVersion,
+    Listed,
     Replay,
     Swept,
     Target,
     VersionFile,
 )
 from adapter_store.uploads import PieceWriter, Uploads
-
-__all__ = ["AdapterRecord", "AdapterVersion", "Alias", "Condition", "Replay", "Store", "Swept", "Target", "VersionFile"]
 
 
 class Store:
@@ -66,9 +66,8 @@ class Store:
         self._pins = Pins(database)
         self._blobs = blobs
         self._staging = directory / "uploads"
-        self._checkouts = directory / "checkouts"
-        for path in (self._staging, self._checkouts):
-            path.mkdir(exist_ok=True)
+        self._staging.mkdir(exist_ok=True)
+        self._checkouts = Checkouts(directory / "checkouts", blobs)
         self._uploads = Uploads(directory / "partial", max_upload_bytes)
         self._max_upload_bytes = max_upload_bytes
 
@@ -88,8 +87,7 @@ class Store:
         ``blob_cache_bytes`` of remote blobs are kept at hand. Raises StoreUnavailable, and StoreError for an URL that means no store.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        local = URL.create("sqlite", database=str(directory / "catalog.sqlite"))
-        database = Database(catalog_url or local, clock)
+        database = Database(catalog_url or URL.create("sqlite", database=str(directory / "catalog.sqlite")), clock)
         migrations.upgrade(database)
         if blobs_url is not None:
             cache = BlobCache(directory / "cache", blob_cache_bytes)
@@ -111,7 +109,7 @@ class Store:
     def with_children(self, tenant: str, staged: StagedAdapter) -> StagedAdapter:
         """A fusion together with the files of the tenant's adapters that it names, as they are now: what becomes of those later does not
         touch it. Other uploads as they are. Raises AdapterRejected with every name that means no adapter, BlobCorrupt."""
-        return with_children(staged, lambda name: self._catalog.resolve(tenant, Reference(name, tag=LATEST)), self._blobs.link)
+        return with_children(staged, lambda name: self._catalog.version(tenant, Reference(name)), self._blobs.link)
 
     def fingerprint(self, name: str, staged: StagedAdapter, tag: str = LATEST) -> str:
         """What ``commit`` compares under an idempotency key."""
@@ -130,23 +128,27 @@ class Store:
         *,
         tag: str = LATEST,
         condition: Condition = ALWAYS,
-        idempotency_key: str | None = None,
-        reply: Callable[[AdapterVersion], tuple[int, str]] | None = None,
     ) -> AdapterVersion:
         """Publish a checked upload under a name and move ``tag`` to it. Blobs first, then one transaction that makes them visible.
+        Raises InvalidName, NameTaken, PreconditionFailed, StorageFull, StoreUnavailable."""
+        return self._catalog.publish(self._stored(tenant, name, staged, facts, tag, condition))
 
-        With an idempotency key, ``reply`` gives status and body of the reply, which is stored in the same transaction. When one is
-        stored already, nothing is changed and the version that was made then comes back: answer with ``replay`` in any case.
-        Raises InvalidName, NameTaken, PreconditionFailed, IdempotencyKeyReused, StorageFull, StoreUnavailable.
-        """
-        check_name(name)
-        check_tag(tag)
-        assert (idempotency_key is None) == (reply is None), "a key and its reply come together"
-        once = Once(idempotency_key, self.fingerprint(name, staged, tag), reply) if idempotency_key and reply else None
-        for file in staged.files:
-            self._put(file.path, file.sha256, file.nbytes)
-        files = tuple(VersionFile(file.role, file.name, file.sha256, file.nbytes) for file in staged.files)
-        return self._catalog.publish(tenant, name, staged.digest, files, facts, tag, condition, once)
+    def commit_once(
+        self,
+        tenant: str,
+        name: str,
+        staged: StagedAdapter,
+        facts: dict[str, Any],
+        *,
+        idempotency_key: str,
+        reply: Callable[[AdapterVersion], tuple[int, str]],
+        tag: str = LATEST,
+        condition: Condition = ALWAYS,
+    ) -> AdapterVersion | Replay:
+        """``commit``, with the status and body that ``reply`` gives stored in the same transaction. When the key has a reply already, that
+        comes back and nothing is changed. Raises IdempotencyKeyReused, too."""
+        once = Once(idempotency_key, self.fingerprint(name, staged, tag), reply)
+        return self._catalog.publish_once(self._stored(tenant, name, staged, facts, tag, condition), once)
 
     # Looking
 
@@ -155,6 +157,10 @@ class Store:
         always gets the same of its targets. Raises AdapterNotFound, InvalidName."""
         return self._catalog.resolve(tenant, parse_reference(reference), user)
 
+    def version(self, tenant: str, reference: str) -> AdapterVersion:
+        """``resolve`` for adapters only. Raises AdapterNotFound for an alias, too, InvalidName."""
+        return self._catalog.version(tenant, parse_reference(reference))
+
     def get(self, tenant: str, name: str) -> AdapterRecord:
         """An adapter with its versions and tags. Raises AdapterNotFound, InvalidName."""
         return self._catalog.get(tenant, check_name(name))
@@ -162,6 +168,10 @@ class Store:
     def records(self, tenant: str, limit: int = 100, after: str = "") -> tuple[AdapterRecord, ...]:
         """Up to ``limit`` adapters by name, those after ``after``. Raises InvalidName when ``after`` can be no name."""
         return self._catalog.page(tenant, limit, after and check_name(after))
+
+    def listed(self, tenant: str, limit: int = 100, after: str = "") -> tuple[Listed, ...]:
+        """Up to ``limit`` adapters and aliases by name, those after ``after``. Raises InvalidName when ``after`` can be no name."""
+        return self._catalog.listed(tenant, limit, after and check_name(after))
 
     def absent(self, digests: Collection[str]) -> set[str]:
         """Those of which no tenant has an adapter. For the server's own care of what it made of them, never for an answer."""
@@ -180,28 +190,21 @@ class Store:
 
     # Bytes
 
-    @contextmanager
-    def checkout(self, version: AdapterVersion) -> Iterator[dict[str, Path]]:
+    def checkout(self, version: AdapterVersion) -> AbstractContextManager[dict[str, Path]]:
         """Local files of a version by role, to be read only. They stay while the context is open, for a day at most, even if the adapter
         is deleted. Raises BlobCorrupt, StoreUnavailable, StorageFull."""
-        with TemporaryDirectory(dir=self._checkouts) as directory:
-            paths = {file.role: Path(directory, str(place)) for place, file in enumerate(version.files)}
-            for file in version.files:
-                self._blobs.link(file.sha256, paths[file.role])
-            yield paths
+        return self._checkouts.open(version.blobs)
 
     def blob(self, tenant: str, sha256: str) -> int | None:
         """Bytes of a blob that the tenant owns: one of its versions has it, or it has uploaded it in the last 24 hours. None for others."""
         return self._blob_records.size(tenant, sha256)
 
     def open_blob(self, tenant: str, sha256: str) -> BinaryIO:
-        """A blob that the tenant owns. Raises BlobNotFound, BlobCorrupt, StoreUnavailable."""
+        """A blob that the tenant owns. Raises BlobNotFound, BlobCorrupt, StorageFull, StoreUnavailable."""
         if self.blob(tenant, sha256) is None:
             raise BlobNotFound(f"you own no blob {sha256[:64]!r}; upload it")
-        with TemporaryDirectory(dir=self._checkouts) as directory:
-            path = Path(directory, "blob")
-            self._blobs.link(sha256, path)
-            return path.open("rb")
+        with self._checkouts.open({"blob": sha256}) as paths:
+            return paths["blob"].open("rb")
 
     def stage_blobs(self, tenant: str, files: Mapping[str, str], staging: Staging) -> None:
         """Put blobs (file name → sha256) that the tenant owns into an upload, as if it had sent them. Raises BlobNotFound with all that it
@@ -246,15 +249,14 @@ class Store:
     def set_tag(self, tenant: str, name: str, tag: str, version_reference: str, condition: Condition = ALWAYS) -> AdapterRecord:
         """Make a tag name a version, given as ``v3``, ``sha256:…`` or another tag. Raises AdapterNotFound, InvalidName,
         PreconditionFailed; ``absent`` of the condition is about the tag."""
-        version = parse_reference(f"{name}@{version_reference}")
-        return self._catalog.set_tag(tenant, name, check_tag(tag), version, condition)
+        return self._catalog.set_tag(tenant, name, check_tag(tag), parse_reference(f"{name}@{version_reference}"), condition)
 
     def remove_tag(self, tenant: str, name: str, tag: str, condition: Condition = ALWAYS) -> AdapterRecord:
         """Remove a tag other than ``latest``. Raises AdapterNotFound, InvalidName, PreconditionFailed, VersionInUse."""
         return self._catalog.remove_tag(tenant, check_name(name), check_tag(tag), condition)
 
-    def delete(self, tenant: str, reference: str, condition: Condition = ALWAYS) -> list[AdapterVersion]:
-        """Remove an adapter or one version of it. Blobs that nobody uses any more go at a later sweep.
+    def delete(self, tenant: str, reference: str, condition: Condition = ALWAYS) -> list[DeletedVersion]:
+        """Remove an adapter or one version of it. Returns what went, newest first. Blobs that nobody uses any more go at a later sweep.
         Raises AdapterNotFound, InvalidName, PreconditionFailed, VersionInUse."""
         return self._catalog.remove(tenant, parse_reference(reference), condition)
 
@@ -276,9 +278,9 @@ class Store:
 
     # Use
 
-    def pin(self, tenant: str, digest: str) -> None:
-        """Want an adapter to stay on the device. Raises AdapterNotFound, PinLimit."""
-        self._pins.add(tenant, digest)
+    def pin(self, tenant: str, digest: str) -> bool:
+        """Want an adapter to stay on the device. False when it was pinned already. Raises AdapterNotFound, PinLimit."""
+        return self._pins.add(tenant, digest)
 
     def unpin(self, tenant: str, digest: str) -> None:
         """Take a pin back; no error when there is none."""
@@ -304,13 +306,23 @@ class Store:
         """Remove what nobody needs and nobody has touched for an hour, or a day. Safe beside everything else, and on several replicas at
         once. Raises StoreUnavailable, having done a part."""
         hour_ago, day_ago = self._database.now() - UNTOUCHED_S, self._database.now() - OWNED_S
-        leftovers = self._blobs.clear(hour_ago)
-        leftovers += clear_directories(self._staging, hour_ago) + clear_directories(self._checkouts, day_ago)
+        leftovers = self._blobs.clear(hour_ago) + clear_directories(self._staging, hour_ago) + self._checkouts.clear(day_ago)
         uploads = self._uploads.sweep(day_ago)
         self._idempotency.expire()
         self._blob_records.expire()
         blobs = sum(self._blob_records.remove(sha256, self._blobs.delete) for sha256 in self._blob_records.orphans())
         return Swept(blobs, uploads, leftovers)
+
+    def _stored(
+        self, tenant: str, name: str, staged: StagedAdapter, facts: dict[str, Any], tag: str, condition: Condition
+    ) -> Publication:
+        """What to publish, once its blobs are stored."""
+        check_name(name)
+        check_tag(tag)
+        for file in staged.files:
+            self._put(file.path, file.sha256, file.nbytes)
+        files = tuple(VersionFile(file.role, file.name, file.sha256, file.nbytes) for file in staged.files)
+        return Publication(tenant, name, staged.digest, files, facts, tag, condition)
 
     def _put(self, path: Path, sha256: str, nbytes: int) -> None:
         """Store a file's bytes; their row first (see blob_records)."""

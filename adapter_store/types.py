@@ -43,6 +43,28 @@ class AdapterVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class DeletedVersion:
+    """What is left to say of a version that was removed."""
+
+    name: str
+    number: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An adapter or an alias in a list of both. ``created`` is when an adapter's latest version was made, and None for an alias."""
+
+    name: str
+    created: float | None
+
+    @property
+    def is_alias(self) -> bool:
+        """Whether the name means other names' versions."""
+        return self.created is None
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRecord:
     """A name with all of its versions, newest first, and its tags. ``etag`` changes with every change of any of these."""
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import psycopg
 
 _FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200", "listen_addresses=")
@@ -29,6 +30,21 @@ def running_postgres() -> Iterator[str]:
             yield f"postgresql+psycopg://postgres@/postgres?host={directory}"
     finally:
         shutil.rmtree(directory)
+
+
+@contextmanager
+def silent(server: str) -> Iterator[None]:
+    """Connections are accepted, but nobody answers."""
+    directory = Path(server.partition("host=")[2])
+    postmaster = psutil.Process(int((directory / "data/postmaster.pid").read_text().split()[0]))
+    processes = [postmaster, *postmaster.children()]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 @contextmanager

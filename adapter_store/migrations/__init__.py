@@ -25,7 +25,7 @@ def upgrade(database: Database) -> None:
     with database.read() as connection:
         if _revision(connection) == HEAD:
             return
-    with database.write() as connection:
+    with database.migrate() as connection:
         database.serialize(connection, "migrations")
         if _revision(connection) is None and inspect(connection).has_table("adapters"):
             command.stamp(_config(connection), _FIRST)  # made before there were migrations
@@ -39,7 +39,7 @@ def upgrade(database: Database) -> None:
 def downgrade(database: Database, revision: str) -> None:
     """Bring the tables back to an older revision, for an older server. What it has no place for is lost: 0001 knows neither
     aliases, tags other than ``latest``, pins, nor files' names."""
-    with database.write() as connection:
+    with database.migrate() as connection:
         database.serialize(connection, "migrations")
         command.downgrade(_config(connection), revision)
 

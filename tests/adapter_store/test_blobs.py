@@ -29,7 +29,7 @@ def in_directory(root: Path, _request: pytest.FixtureRequest) -> BlobStore:
 
 def in_memory(root: Path, _request: pytest.FixtureRequest) -> BlobStore:
     store = MemoryStore()
-    return ObjectBlobs(store, store, BlobCache(root, 1 << 30))
+    return ObjectBlobs(store, store, store, BlobCache(root, 1 << 30))
 
 
 def in_seaweed(root: Path, request: pytest.FixtureRequest) -> BlobStore:
@@ -143,6 +143,20 @@ def test_what_a_crash_left_goes_when_it_is_old(blobs: BlobStore, tmp_path: Path)
     (root / f".{sha256}.1.abcdef").write_bytes(b"hel")
     assert blobs.clear(time.time() - 60) == 0
     assert blobs.clear(math.inf) == 1
+    assert content_of(blobs, sha256, tmp_path) == b"hello"
+
+
+def test_a_blob_that_the_disk_has_changed_is_not_linked(tmp_path: Path) -> None:
+    """Found by the next process, which reads a blob before it uses it for the first time."""
+    path, sha256 = source(tmp_path, b"hello")
+    LocalBlobs(tmp_path / "blobs").put(path, sha256)
+    next((tmp_path / "blobs").rglob(sha256)).write_bytes(b"jello")
+    blobs = LocalBlobs(tmp_path / "blobs")
+    for _ in range(2):
+        with pytest.raises(BlobCorrupt, match="damaged"):
+            blobs.link(sha256, tmp_path / "link")
+        assert not (tmp_path / "link").exists()
+    blobs.put(path, sha256, fresh=False)
     assert content_of(blobs, sha256, tmp_path) == b"hello"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sqlalchemy import create_engine, inspect, text
 
 from adapter_store import migrations, schema
 from adapter_store.database import Database
-from adapter_store.errors import StoreError
+from adapter_store.errors import BlobCorrupt, StoreError
 from adapter_store.manifest import manifest_digest
 from adapter_store.store import Store
 from adapter_store.types import Target
@@ -87,6 +88,15 @@ def test_the_migrations_make_what_the_code_expects(catalog_url: str) -> None:
     database.close()
     script = ScriptDirectory(str(Path(migrations.__file__).parent))
     assert script.get_current_head() == migrations.HEAD
+
+
+def test_a_store_of_the_first_release_that_lost_its_blobs_opens(catalog_url: str, tmp_path: Path) -> None:
+    first_release(catalog_url, tmp_path)
+    shutil.rmtree(tmp_path / "blobs")
+    store = Store.open(tmp_path, catalog_url=catalog_url)
+    with pytest.raises(BlobCorrupt, match="missing"), store.checkout(store.resolve("acme", "bot")):
+        raise AssertionError("its blobs are gone")
+    store.close()
 
 
 def test_a_store_of_the_first_release_goes_on(catalog_url: str, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 def make(directory: Path, *, max_bytes: int = 1 << 20, store: MemoryStore | None = None) -> ObjectBlobs:
     store = store or MemoryStore()
-    return ObjectBlobs(store, store, BlobCache(directory / "cache", max_bytes))
+    return ObjectBlobs(store, store, store, BlobCache(directory / "cache", max_bytes))
 
 
 def put(blobs: ObjectBlobs, directory: Path, content: bytes) -> str:
@@ -135,7 +135,7 @@ def test_a_link_that_cannot_be_made_is_no_reason_to_download_again(tmp_path: Pat
 def test_the_least_recently_used_copy_goes_and_links_stay(tmp_path: Path) -> None:
     cache = BlobCache(tmp_path / "cache", 250)
     store = MemoryStore()
-    blobs = ObjectBlobs(store, store, cache)
+    blobs = ObjectBlobs(store, store, store, cache)
     first, second, third = (put(blobs, tmp_path, letter * 100) for letter in (b"a", b"b", b"c"))
     blobs.link(second, tmp_path / "held")
     get(blobs, tmp_path, first)

@@ -35,7 +35,7 @@ class History(RuleBasedStateMachine):
     async def open(self) -> ResidencyRegistry:
         if self.url is None:
             return LocalResidency(time.monotonic)
-        registry = RedisResidency(self.url)
+        registry = RedisResidency(self.url, timeout_s=5)
         for replica in await registry.replicas():
             await registry.forget(replica)
         return registry

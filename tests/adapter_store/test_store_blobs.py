@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from adapter_store.errors import (
     BlobCorrupt,
     BlobNotFound,
     DigestMismatch,
+    StorageFull,
     StoreError,
     StoreUnavailable,
     UploadNotFound,
@@ -86,6 +89,44 @@ def test_a_checkout_stays_while_it_is_open(store: Store, tmp_path: Path, clock: 
     with pytest.raises(BlobCorrupt), store.checkout(version):
         raise AssertionError("the blobs are gone")
     assert left_of_uploads(tmp_path / "store") == []
+
+
+def test_a_checkout_that_finds_no_space_says_so(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = push(store, "acme", "bot", 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("mkdir", "link"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            for call in (lambda: store.checkout(version).__enter__(), lambda: store.open_blob("acme", version.blobs["config"])):
+                with pytest.raises(StorageFull):
+                    call()
+    assert left_of_uploads(tmp_path / "store") == []
+    # What goes wrong with the files afterwards is not the store's.
+    with pytest.raises(OSError, match="device"), store.checkout(version):
+        full()
+
+
+def test_a_silent_blob_store_does_not_keep_others_from_writing(
+    tmp_path: Path, clock: Clock, seaweed: Seaweed, remote: str
+) -> None:
+    """A sweep holds the catalog's lock while it deletes an object."""
+    store = Store.open(tmp_path / "store", clock=clock, blobs_url=remote)
+    doomed, kept = push(store, "acme", "doomed", 1), push(store, "acme", "kept", 2)
+    store.delete("acme", "doomed")
+    clock.ahead = 3700
+    with seaweed.silent(), ThreadPoolExecutor(1) as pool:
+        sweep = pool.submit(store.sweep)
+        started = time.monotonic()
+        while not sweep.done():
+            store.touch({("acme", "kept", 1): kept.created + 1})
+        assert time.monotonic() - started < 5
+        with pytest.raises(StoreUnavailable):
+            sweep.result()
+    assert store.blob("acme", doomed.blobs["weights"]) is None
+    store.close()
 
 
 def test_checkouts_that_a_crash_left_go_after_a_day(store: Store, tmp_path: Path, clock: Clock) -> None:
@@ -251,7 +292,8 @@ def test_a_sweep_beside_uploads_never_takes_what_somebody_was_told_is_stored(
 def race(open_store: Callable[[Callable[[], float]], Store]) -> None:
     store, sweeper = open_store(time.time), open_store(lambda: time.time() + 3601)
     pushers, rounds = 6, 8
-    pushing = True
+    done = threading.Event()
+    swept: list[str] = []
 
     def push_until_stored(name: str, seed: int) -> AdapterVersion:
         for _ in range(1000):
@@ -262,35 +304,32 @@ def race(open_store: Callable[[Callable[[], float]], Store]) -> None:
         raise AssertionError("swept a thousand times")
 
     def push_and_delete(pusher: int) -> int:
-        for turn in range(rounds):
+        turn = 0
+        while turn < rounds or not swept:
             version = push_until_stored(f"bot-{pusher}", turn % 2)
             assert read(store, version) == contents(turn % 2)
             store.delete("acme", f"bot-{pusher}")
+            turn += 1
         push_until_stored(f"bot-{pusher}", 0)
         return pusher
 
-    def sweep() -> int:
-        swept = 0
-        while pushing:
-            # Long enough for most uploads, too short for some.
-            time.sleep(0.02)
+    def sweep() -> None:
+        records = sweeper._blob_records
+        # Long enough for most uploads, too short for some.
+        while not done.wait(0.02):
             # Not the rest of a sweep: the files of uploads under way are not an hour old.
-            swept += sum(
-                sweeper._blob_records.remove(sha256, sweeper._blobs.delete) for sha256 in sweeper._blob_records.orphans()
-            )
-        return swept
+            swept.extend(sha256 for sha256 in records.orphans() if records.remove(sha256, sweeper._blobs.delete))
 
     try:
         with ThreadPoolExecutor(pushers + 2) as pool:
             sweeps = [pool.submit(sweep) for _ in range(2)]
             try:
-                done = list(pool.map(push_and_delete, range(pushers)))
+                pushed = list(pool.map(push_and_delete, range(pushers)))
             finally:
-                pushing = False
-            swept = sum(future.result() for future in sweeps)
-        assert done == list(range(pushers))
-        assert swept > 0
-        for pusher in done:
+                done.set()
+            for future in sweeps:
+                future.result()
+        for pusher in pushed:
             assert read(store, store.resolve("acme", f"bot-{pusher}")) == contents(0)
     finally:
         store.close()
