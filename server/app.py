@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from adapter_store.database import MAX_CONNECTIONS
 from adapter_store.errors import StoreError
 from adapter_store.residency import LocalResidency, ResidencyRegistry
 from adapter_store.residency_redis import RedisResidency
@@ -45,9 +46,6 @@ from server.quarantine import Quarantine
 from server.replica import Replica
 from server.residents import Residents
 from server.tokenizer import Tokenizer
-
-THREADS = 32
-"""For calls that wait: of the catalog, and of files."""
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +153,7 @@ def create_app(services: Services) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Requests ask the catalog in threads; a few that wait for slow disks must not keep the others.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="http"))
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, thread_name_prefix="http"))
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, services.store.close)
             stack.push_async_callback(services.registry.close)

@@ -41,11 +41,12 @@ class Pins:
         """Keep a version of a tenant's on the device. Raises PinLimit, AdapterNotFound, and what lowering raises."""
         async with self._changing:
             since = time.monotonic()
-            await asyncio.to_thread(self._store.pin, version.tenant, version.digest)
+            is_new = await asyncio.to_thread(self._store.pin, version.tenant, version.digest)
             try:
                 await self._hold(version, since)
             except BaseException:
-                await asyncio.to_thread(self._store.unpin, version.tenant, version.digest)
+                if is_new:
+                    await asyncio.to_thread(self._store.unpin, version.tenant, version.digest)
                 raise
 
     async def unpin(self, version: AdapterVersion) -> None:

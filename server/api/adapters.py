@@ -50,7 +50,7 @@ async def show(request: Request, name: str) -> Response:
 async def files(request: Request, reference: str) -> dict[str, Any]:
     """What was uploaded: file names, digests and sizes."""
     store: Store = request.app.state.services.store
-    version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
+    version = await asyncio.to_thread(store.version, request.state.tenant, reference)
     shown = describe(version)
     return {"object": "list", "name": shown["name"], "version": shown["version"], "data": shown["files"]}
 
@@ -59,7 +59,7 @@ async def files(request: Request, reference: str) -> dict[str, Any]:
 async def download(request: Request, reference: str, filename: str) -> Response:
     """One of the files as it was uploaded."""
     store: Store = request.app.state.services.store
-    version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
+    version = await asyncio.to_thread(store.version, request.state.tenant, reference)
     found = next((file for file in version.files if file.name == filename), None)
     if found is None:
         held = ", ".join(file.name for file in version.files)

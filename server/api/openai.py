@@ -69,13 +69,9 @@ async def models(request: Request) -> dict[str, Any]:
     listed = [_model(name, services.started, "medley") for name in services.base_names[:1]]
     tenant, parent = request.state.tenant, services.base_names[0]
     after = ""
-    while records := await asyncio.to_thread(services.store.records, tenant, 1000, after):
-        listed += [_model(record.name, record.latest.created, tenant, parent) for record in records]
-        after = records[-1].name
-    after = ""
-    while aliases := await asyncio.to_thread(services.store.aliases, tenant, 1000, after):
-        listed += [_model(alias.name, services.started, tenant, parent) for alias in aliases]
-        after = aliases[-1].name
+    while names := await asyncio.to_thread(services.store.listed, tenant, 1000, after):
+        listed += [_model(item.name, item.created or services.started, tenant, parent) for item in names]
+        after = names[-1].name
     return {"object": "list", "data": listed}
 
 

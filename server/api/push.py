@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -19,7 +20,7 @@ from adapter_store.errors import IdempotencyKeyReused
 from adapter_store.manifest import NAME_GRAMMAR, check_name, check_tag, parse_blob_digest
 from adapter_store.staging import StagedAdapter, Staging
 from adapter_store.store import Store
-from adapter_store.types import LATEST, AdapterVersion, Condition
+from adapter_store.types import LATEST, AdapterVersion, Condition, Replay
 from server.api.body import chunks
 from server.api.conditions import idempotency_key, write_condition
 from server.api.describe import describe
@@ -135,15 +136,15 @@ async def _push(request: Request, name: str | None, tag: str | None, condition: 
         staged = await asyncio.to_thread(store.with_children, tenant, staged)
         with services.lowerer.using(((staged.digest, 1.0),), since=time.monotonic()):
             program = await services.lowerer.ensure(tenant, staged.digest, lambda: nullcontext(staged.paths))
-            version, reply = await _commit(store, tenant, wanted, staged, program.facts)
+            nbytes, reply = await _commit(store, tenant, wanted, staged, program.facts)
             services.lowerer.keep(staged.digest)
     finally:
         # Large files take long to remove.
         await asyncio.to_thread(staging.discard)
     # Whoever pushes an adapter again wants it tried again.
-    services.replica.release(tenant, version.digest)
-    services.metrics.upload_bytes.inc(version.nbytes)
-    request.state.adapter = version.digest
+    services.replica.release(tenant, staged.digest)
+    services.metrics.upload_bytes.inc(nbytes)
+    request.state.adapter = staged.digest
     return reply
 
 
@@ -183,23 +184,29 @@ async def _replay(store: Store, tenant: str, wanted: Wanted, staged: StagedAdapt
         return None
     if replay.fingerprint != store.fingerprint(wanted.name, staged, wanted.tag):
         raise IdempotencyKeyReused("this Idempotency-Key was used for another request; take a new one")
+    return _replayed(replay)
+
+
+def _replayed(replay: Replay) -> Response:
     return Response(replay.body, replay.status, {"idempotent-replayed": "true"}, media_type="application/json")
 
 
 async def _commit(
     store: Store, tenant: str, wanted: Wanted, staged: StagedAdapter, facts: dict[str, Any]
-) -> tuple[AdapterVersion, Response]:
-    """The version and the reply: another replica's, if it published under the key meanwhile."""
-    made: list[str] = []
+) -> tuple[int, Response]:
+    """What was stored, in bytes, and the reply: another replica's, if it published under the key meanwhile."""
 
     def reply(version: AdapterVersion) -> tuple[int, str]:
-        made.append(json.dumps({**describe(version), "skipped": list(staged.skipped)}))
-        return 201, made[0]
+        return 201, json.dumps({**describe(version), "skipped": list(staged.skipped)})
 
-    keyed: dict[str, Any] = {} if wanted.key is None else {"idempotency_key": wanted.key, "reply": reply}
-    version = await asyncio.to_thread(
-        store.commit, tenant, wanted.name, staged, facts, tag=wanted.tag, condition=wanted.condition, **keyed
-    )
-    if wanted.key is not None and not made and (replay := await _replay(store, tenant, wanted, staged)) is not None:
-        return version, replay
-    return version, Response(made[0] if made else reply(version)[1], 201, media_type="application/json")
+    under = {"tag": wanted.tag, "condition": wanted.condition}
+    if wanted.key is None:
+        version = await asyncio.to_thread(store.commit, tenant, wanted.name, staged, facts, **under)
+        status, body = reply(version)
+        return version.nbytes, Response(body, status, media_type="application/json")
+    once = partial(store.commit_once, idempotency_key=wanted.key, reply=reply)
+    done = await asyncio.to_thread(once, tenant, wanted.name, staged, facts, **under)
+    if isinstance(done, Replay):
+        return 0, _replayed(done)
+    status, body = reply(done)
+    return done.nbytes, Response(body, status, media_type="application/json")

@@ -23,7 +23,7 @@ async def load(request: Request, reference: str) -> dict[str, Any]:
     """Begin to load a version; the reply does not wait for it. An adapter in quarantine gets another chance."""
     services, tenant, since = request.app.state.services, request.state.tenant, time.monotonic()
     store: Store = services.store
-    version = await asyncio.to_thread(store.resolve, tenant, reference)
+    version = await asyncio.to_thread(store.version, tenant, reference)
     with services.lowerer.using(((version.digest, 1.0),), since=since):
         program = await services.lowerer.ensure(tenant, version.digest, partial(store.checkout, version))
         services.replica.release(tenant, version.digest)
@@ -37,7 +37,7 @@ async def pin(request: Request, reference: str) -> dict[str, Any]:
     """Keep a version on the device. It is that version that stays, whatever the name means later."""
     services = request.app.state.services
     store: Store = services.store
-    version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
+    version = await asyncio.to_thread(store.version, request.state.tenant, reference)
     await services.pins.pin(version)
     services.replica.tell_pins()
     return {**describe(version), **await explain(request, version)}
@@ -48,7 +48,7 @@ async def unpin(request: Request, reference: str) -> dict[str, Any]:
     """Let a version go like any other."""
     services = request.app.state.services
     store: Store = services.store
-    version = await asyncio.to_thread(store.resolve, request.state.tenant, reference)
+    version = await asyncio.to_thread(store.version, request.state.tenant, reference)
     await services.pins.unpin(version)
     services.replica.tell_pins()
     return {**describe(version), **await explain(request, version)}
