@@ -199,13 +199,13 @@ async def _commit(
     def reply(version: AdapterVersion) -> tuple[int, str]:
         return 201, json.dumps({**describe(version), "skipped": list(staged.skipped)})
 
-    under = {"tag": wanted.tag, "condition": wanted.condition}
     if wanted.key is None:
-        version = await asyncio.to_thread(store.commit, tenant, wanted.name, staged, facts, **under)
+        commit = partial(store.commit, tag=wanted.tag, condition=wanted.condition)
+        version = await asyncio.to_thread(commit, tenant, wanted.name, staged, facts)
         status, body = reply(version)
         return version.nbytes, Response(body, status, media_type="application/json")
-    once = partial(store.commit_once, idempotency_key=wanted.key, reply=reply)
-    done = await asyncio.to_thread(once, tenant, wanted.name, staged, facts, **under)
+    once = partial(store.commit_once, idempotency_key=wanted.key, reply=reply, tag=wanted.tag, condition=wanted.condition)
+    done = await asyncio.to_thread(once, tenant, wanted.name, staged, facts)
     if isinstance(done, Replay):
         return 0, _replayed(done)
     status, body = reply(done)
