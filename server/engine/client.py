@@ -186,7 +186,9 @@ class EngineClient:
         self._heard = time.monotonic()
         self._running = True
         for program in list(self._pins.values()):
-            await self._send(Pin(program))
+            # One that was let go, while others were sent, stays so.
+            if program.program_id in self._pins:
+                await self._send(Pin(program))
         return first.info
 
     async def _first_message(self) -> FromEngine | None:

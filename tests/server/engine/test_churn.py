@@ -150,9 +150,11 @@ class Churn:
         assert left == (0, 0, 0, 0), f"round {seed}"
         assert (stats.slots_used, stats.slots_pinned, stats.kv_blocks_used, stats.waiting_for_adapter) == (0, 0, 0, 0)
         assert not self._states
-        programs = self.engine._programs
-        for held in ("_users", "_waiting", "_to_load", "_blocked", "_dropped", "_pins", "_pinned_sizes", "_prefetches", "_told"):
+        programs, tiers = self.engine._programs, self.engine._programs._tiers
+        for held in ("_users", "_waiting", "_pins", "_pins_to_bring", "_pinned_sizes", "_prefetches", "_refused"):
             assert not getattr(programs, held), f"round {seed}: {held}"
+        for held in ("_loads", "_blocked", "dropped", "whereabouts"):
+            assert not getattr(tiers, held), f"round {seed}: {held}"
         self.engine.blocks.check_integrity()
 
 
