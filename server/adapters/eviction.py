@@ -122,12 +122,14 @@ class Eviction:
             self._kept.add(-entry.nbytes, -1)
             self._count(name, entry.owners, 1)
 
-    def add(self, name: str, nbytes: int) -> None:
-        """A program has come into the tier."""
+    def add(self, name: str, nbytes: int, tenant: str | None = None) -> None:
+        """A program has come into the tier, for a tenant (None: nobody) that uses it from now on."""
         self._entries[name] = _Entry(nbytes, 1, self._inflation + _worth(nbytes))
         self._most.clear()
         if name in self._permanent:
             self._kept.add(nbytes, 1)
+        if tenant is not None:
+            self._touch(name, tenant)
 
     def use(self, name: str, tenant: str) -> None:
         """A tenant's request uses a program of the tier: counted once a request."""

@@ -50,16 +50,18 @@ class HostTier:
     ) -> list[str] | None:
         """Make room for a load, for a tenant. Returns the programs that went for it; None: there is no room now.
 
-        Programs that ``stays`` says stay, and with ``shares`` what is guaranteed to others; see ``recheck``.
+        Programs that ``stays`` says stay, and with ``shares`` what is guaranteed to others; see ``recheck``. What is being loaded counts as the
+        tenant's already.
         """
         missing = self.used_bytes + self.reserved_bytes + min(nbytes, self.capacity_bytes) - self.capacity_bytes
-        victims = self._policy.choose(tenant, missing, 0, stays=stays, shares=shares)
+        victims = self._policy.choose(tenant, missing, 0, stays=lambda name: name in self._reserved or stays(name), shares=shares)
         if victims is None:
             return None
         for victim in victims:
             self._policy.evict(victim)
             self._remove(victim)
         self._reserved[program_id] = nbytes
+        self._policy.add(program_id, nbytes, tenant)
         return victims
 
     def keep(self, program: PackedProgram) -> None:
@@ -67,12 +69,12 @@ class HostTier:
         program_id = program.program_id
         nbytes = self._reserved.pop(program_id)
         self._programs[program_id], self._sizes[program_id] = program, nbytes
-        self._policy.add(program_id, nbytes)
         self.used_bytes += nbytes
 
     def cancel(self, program_id: str) -> None:
         """A load has ended with nothing."""
-        self._reserved.pop(program_id, None)
+        del self._reserved[program_id]
+        self._policy.remove(program_id)
 
     def drop(self, program_id: str) -> None:
         """Free a program, if it is here."""

@@ -96,6 +96,7 @@ class Tiers:
         """Load a program that nobody waits for yet, as soon as nothing else is to be loaded. False: there is no room that is nobody's."""
         if self.loader.is_loading(ref.program_id) or self.loader.is_busy or self._loads:
             return True
+        self.host.recheck()
         return self._start(self._waiting_load(ref, None))
 
     def admit(self, ref: ProgramRef, tenant: str | None) -> Attempt:
