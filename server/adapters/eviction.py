@@ -20,7 +20,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 K = TypeVar("K")
 
@@ -52,6 +52,11 @@ class _Use:
         self.count += count
 
 
+class _Evictable(NamedTuple):
+    entries: list[tuple[str, _Entry]]
+    total: _Use
+
+
 class Eviction:
     """The policy over one tier of ``capacity_bytes`` and ``capacity_count`` programs. ``clock`` is in seconds.
 
@@ -78,7 +83,8 @@ class Eviction:
         self._recent: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._active: OrderedDict[str, float] = OrderedDict()
         self._references: Counter[str] = Counter()
-        # What can be had at most, by who asks and how, until something changes.
+        # Until something changes: what may go at all, lowest value first, and what can be had of it at most, by who asks and how.
+        self._evictable: dict[bool, _Evictable] = {}
         self._most: dict[tuple[str | None, int, int, bool, bool], _Use] = {}
         self._inflation = 0.0
 
@@ -112,6 +118,7 @@ class Eviction:
             self._count(name, entry.owners, -1)
             self._kept.add(entry.nbytes, 1)
         self._permanent.add(name)
+        self._changed()
 
     def let_go(self, name: str) -> None:
         """The program is one among others again."""
@@ -125,7 +132,7 @@ class Eviction:
     def add(self, name: str, nbytes: int, tenant: str | None = None) -> None:
         """A program has come into the tier, for a tenant (None: nobody) that uses it from now on."""
         self._entries[name] = _Entry(nbytes, 1, self._inflation + _worth(nbytes))
-        self._most.clear()
+        self._changed()
         if name in self._permanent:
             self._kept.add(nbytes, 1)
         if tenant is not None:
@@ -166,10 +173,11 @@ class Eviction:
         for tenant in entry.owners:
             del self._recent[name, tenant]
         del self._entries[name]
+        self._changed()
 
     def recheck(self) -> None:
         """``stays`` of ``choose`` may say something else from now on."""
-        self._most.clear()
+        self._changed()
 
     def choose(
         self,
@@ -189,6 +197,9 @@ class Eviction:
         if nbytes <= 0 and count <= 0:
             return []
         self._forget_old_uses()
+        evictable = self._find_evictable(stays, drains)
+        if nbytes > evictable.total.nbytes or count > evictable.total.count:
+            return None
         share = self._share(tenant)
         # Tenants that use nothing here are answered alike.
         key = (tenant if tenant in self._usage else None, share.nbytes, share.count, shares, drains)
@@ -198,9 +209,7 @@ class Eviction:
         chosen: list[str] = []
         total = _Use()
         taken: dict[str, _Use] = {}
-        for name, entry in sorted(self._entries.items(), key=lambda item: item[1].value):
-            if name in self._permanent or (entry.references and not drains) or stays(name):
-                continue
+        for name, entry in evictable.entries:
             if shares and any(owner != tenant and self._is_owed(owner, taken, share) for owner in entry.owners):
                 continue
             chosen.append(name)
@@ -218,6 +227,23 @@ class Eviction:
         use, share = self._usage.get(tenant, _Use()), self._share(tenant)
         return use.nbytes + nbytes <= share.nbytes and use.count + 1 <= share.count
 
+    def _find_evictable(self, stays: Callable[[str], bool], drains: bool) -> _Evictable:
+        found = self._evictable.get(drains)
+        if found is None:
+            entries = [
+                (name, entry)
+                for name, entry in self._entries.items()
+                if name not in self._permanent and (drains or not entry.references) and not stays(name)
+            ]
+            entries.sort(key=lambda item: item[1].value)
+            found = _Evictable(entries, _Use(sum(entry.nbytes for _, entry in entries), len(entries)))
+            self._evictable[drains] = found
+        return found
+
+    def _changed(self) -> None:
+        self._evictable.clear()
+        self._most.clear()
+
     def _is_owed(self, owner: str, taken: dict[str, _Use], share: _Use) -> bool:
         """Whether a tenant is within its share, when some of what it uses has been taken."""
         use, less = self._usage[owner], taken.get(owner, _Use())
@@ -229,7 +255,7 @@ class Eviction:
 
     def _touch(self, name: str, tenant: str) -> None:
         entry, now = self._entries[name], self._clock()
-        self._most.clear()
+        self._changed()
         _renew(self._recent, (name, tenant), now)
         _renew(self._active, tenant, now)
         if tenant not in entry.owners:
@@ -255,7 +281,7 @@ class Eviction:
 
     def _count(self, name: str, tenants: Iterable[str], sign: int) -> None:
         """Tenants use a program, or (``sign`` -1) do not any more. What is permanent counts for nobody."""
-        self._most.clear()
+        self._changed()
         if name in self._permanent:
             return
         for tenant in tenants:
