@@ -185,11 +185,14 @@ class EngineClient:
         self.info = first.info
         self._heard = time.monotonic()
         self._running = True
+        await self._send_pins()
+        return first.info
+
+    async def _send_pins(self) -> None:
+        """Tell a new process what is pinned. What is let go while others are sent stays so."""
         for program in list(self._pins.values()):
-            # One that was let go, while others were sent, stays so.
             if program.program_id in self._pins:
                 await self._send(Pin(program))
-        return first.info
 
     async def _first_message(self) -> FromEngine | None:
         """The child's first message, or None when it ends before one."""
