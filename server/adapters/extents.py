@@ -49,15 +49,21 @@ class Extents:
         if length:
             self._give_back(start, self._used.pop(start))
 
-    def slide(self) -> Slide | None:
-        """Move the range behind the first gap down into it; None when all that is free lies at the end. Repeated, gaps become one."""
+    def next_slide(self) -> Slide | None:
+        """What ``slide`` would move. Changes nothing."""
         if not self._free or sum(self._free[0]) == self.capacity:
             return None
-        to, gap = self._free.pop(0)
-        length = self._used.pop(to + gap)
-        self._used[to] = length
-        self._give_back(to + length, gap)
-        return Slide(to + gap, to, length)
+        to, gap = self._free[0]
+        return Slide(to + gap, to, self._used[to + gap])
+
+    def slide(self) -> Slide | None:
+        """Move the range behind the first gap down into it; None when all that is free lies at the end. Repeated, gaps become one."""
+        slide = self.next_slide()
+        if slide is not None:
+            del self._free[0]
+            self._used[slide.to] = self._used.pop(slide.start)
+            self._give_back(slide.to + slide.length, slide.start - slide.to)
+        return slide
 
     def _give_back(self, start: int, size: int) -> None:
         insort(self._free, (start, size))

@@ -58,7 +58,8 @@ def read_program(path: Path, *, pin_memory: bool = False) -> PackedProgram:
 
     The tensors are views of one buffer that has the whole file: nothing is copied twice. Runs no tensor operation: called on a loader
     thread, one would start a second team of OpenMP threads, and with more threads than cores every parallel operation of the engine pays
-    for waking its workers (measured: 80 µs each). Raises OSError, or ValueError for a file that is not whole and well-formed.
+    for waking its workers (measured: 80 µs each). Raises OSError, or ValueError for a file that is not whole and well-formed. What the
+    header says of the tensors is not checked here: see ``program_check``.
     """
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -80,7 +81,7 @@ def read_program(path: Path, *, pin_memory: bool = False) -> PackedProgram:
             and TaskHeadLayout(**{**head, "activations": tuple(head["activations"]), "labels": tuple(head.get("labels", ()))}),
             facts=metadata["facts"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the program file's header is malformed: {type(error).__name__} {error}") from error
 
 

@@ -185,9 +185,14 @@ class EngineClient:
         self.info = first.info
         self._heard = time.monotonic()
         self._running = True
-        for program in list(self._pins.values()):
-            await self._send(Pin(program))
+        await self._send_pins()
         return first.info
+
+    async def _send_pins(self) -> None:
+        """Tell a new process what is pinned. What is let go while others are sent stays so."""
+        for program in list(self._pins.values()):
+            if program.program_id in self._pins:
+                await self._send(Pin(program))
 
     async def _first_message(self) -> FromEngine | None:
         """The child's first message, or None when it ends before one."""

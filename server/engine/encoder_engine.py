@@ -41,7 +41,7 @@ class EncoderEngine(Lifecycle[Whole, tuple[EncoderBatch, list[Pooled | None]]]):
     def has_runnable(self) -> bool:
         """Whether ``step`` has something to do now. Sequences that wait for a program or for its room do not count: ``wake`` tells of loads,
         and to look at the rest a few times a second is enough."""
-        return bool(self._outputs) or (len(self._queue) > 0 and not self._is_stuck)
+        return bool(self._outputs) or self._programs.has_pending or (len(self._queue) > 0 and not self._is_stuck)
 
     def stats(self) -> EngineStats:
         """A snapshot between two steps."""

@@ -67,7 +67,8 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
     def has_runnable(self) -> bool:
         """Whether ``step`` has something to do now. Sequences that wait for a program or for its room do not count: ``wake`` tells of loads,
         and to look at the rest a few times a second is enough."""
-        return bool(self._outputs or self.scheduler.running) or (self.scheduler.has_work and not self._is_stuck)
+        is_sure = bool(self._outputs or self.scheduler.running or self._programs.has_pending)
+        return is_sure or (self.scheduler.has_work and not self._is_stuck)
 
     def stats(self) -> EngineStats:
         """A snapshot between two steps."""

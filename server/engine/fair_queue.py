@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator
+from heapq import heapify, heappop, heappush
 
 from server.engine.sequence import Sequence
 
@@ -56,13 +57,13 @@ class FairQueue:
         """All that wait, in the order of their turns: each one counts for its tenant before the next is looked for. They may be removed
         and charged for meanwhile."""
         queues = {tenant: deque(queue) for tenant, queue in self._waiting.items()}
-        served = {tenant: self._served[tenant] for tenant in queues}
-        while queues:
-            tenant = min(queues, key=lambda name: (served[name], queues[name][0].order))
+        turns = [(self._served[tenant], queue[0].order, tenant) for tenant, queue in queues.items()]
+        heapify(turns)
+        while turns:
+            served, _, tenant = heappop(turns)
             sequence = queues[tenant].popleft()
-            served[tenant] += sequence.num_rows * INPUT_PRICE
-            if not queues[tenant]:
-                del queues[tenant]
+            if queues[tenant]:
+                heappush(turns, (served + sequence.num_rows * INPUT_PRICE, queues[tenant][0].order, tenant))
             yield sequence
 
     def charge(self, tenant: str, price: int) -> None:

@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from server.adapters.bank import Bank
+from server.adapters.bank import COMPUTE_ERRORS, Bank
 from server.adapters.kernels import Kernel, load_native
 from server.engine.host_tier import HostTier
 from server.engine.loader import Loader
@@ -38,7 +38,6 @@ from server.engine.types import (
 )
 
 NON_FINITE = RequestError("non_finite_output", "the computation overflowed for this request's adapter and prompt")
-_COMPUTE_ERRORS = (RuntimeError, MemoryError, ValueError, TypeError, IndexError)
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class Lifecycle(ABC, Generic[W, R]):
             clock=clock,
         )
         self.host = HostTier(settings.host_bytes, clock=clock)
-        self.loader = Loader(pin_memory=device.type == "cuda", wake=wake)
+        self.loader = Loader(base.spec, pin_memory=device.type == "cuda", wake=wake)
         self._counters: Counter[str] = Counter()
         self._programs = Programs(self.bank, self.host, self.loader, self._counters, pins_fit=settings.pins_fit, clock=clock)
         self._sequences: dict[str, Sequence] = {}
@@ -123,12 +122,13 @@ class Lifecycle(ABC, Generic[W, R]):
         self._receive_loads()
         started = time.monotonic()
         work = self._choose()
+        self._programs.prefetch()
         if work:
             adapters = len({item.sequence.slot for item in work if item.sequence.slot})
             self._run(work)
             self._last_step = (time.monotonic() - started, len(work), adapters)
             self._counters["steps"] += 1
-        self._is_stuck = not work and not self._programs.has_deferred
+        self._is_stuck = not work
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -155,7 +155,7 @@ class Lifecycle(ABC, Generic[W, R]):
         self._programs.drop(program_id)
 
     def pin_program(self, program: ProgramRef) -> None:
-        """Bring a program to the device and keep it there; an event with the reason ``pin_limit`` says that it is not pinned."""
+        """Bring a program to the device and keep it there; an event with the reason ``pin_limit`` or ``load_failed`` says that it is not."""
         self._programs.pin_program(program)
 
     def unpin_program(self, program_id: str) -> None:
@@ -262,7 +262,7 @@ class Lifecycle(ABC, Generic[W, R]):
         """Together; where that raises, one by one, so that only those that raise alone fail."""
         try:
             result = self._compute(work)
-        except _COMPUTE_ERRORS:
+        except COMPUTE_ERRORS:
             log.exception("a step of %d sequences failed", len(work))
         else:
             self._finish(result)
@@ -270,7 +270,7 @@ class Lifecycle(ABC, Generic[W, R]):
         for item in work:
             try:
                 result = self._compute([item])
-            except _COMPUTE_ERRORS:
+            except COMPUTE_ERRORS:
                 log.exception("request %s failed alone", item.sequence.request.request_id)
                 self._fail_row(item.sequence, RequestError("internal_error", "the engine failed on this request"))
             else:

@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.adapters.base_spec import BaseSpec
 from server.adapters.packed import PackedProgram
+from server.adapters.program_check import check_program
 from server.adapters.program_file import read_program
 from server.engine.types import ProgramRef
 
@@ -29,13 +31,17 @@ class Loaded:
 
 
 class Loader:
-    """Single-flight loads on threads of their own.
+    """Single-flight loads of programs for one base, on threads of their own.
 
     ``wake`` is called from a loader thread when a load ends, so that a sleeping engine looks at ``finished``. ``pin_memory``: into memory
     that a device copies from.
     """
 
-    def __init__(self, *, threads: int = 2, pin_memory: bool = False, wake: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, spec: BaseSpec, *, threads: int = 2, pin_memory: bool = False, wake: Callable[[], None] = lambda: None
+    ) -> None:
+        self._spec = spec
+        self._threads = threads
         self._wake = wake
         self._pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="program-loader")
@@ -46,6 +52,11 @@ class Loader:
     def is_waiting(self) -> bool:
         """Whether loads are under way and none of them has ended since ``finished`` was last called."""
         return bool(self._loading) and self._finished.empty()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether another load would have to wait for one that is under way."""
+        return len(self._loading) >= self._threads
 
     def is_loading(self, program_id: str) -> bool:
         """Whether a load is under way, or has ended and ``finished`` has not told of it."""
@@ -81,11 +92,12 @@ class Loader:
         program: PackedProgram | None = None
         try:
             found, problem = read_program(Path(ref.path), pin_memory=self._pin_memory), ""
-            if found.program_id == ref.program_id:
-                program = found
-            else:
+            if found.program_id != ref.program_id:
                 problem = f"the file holds program {found.program_id[:12]}"
-        except (OSError, ValueError, MemoryError, RuntimeError) as error:
+            else:
+                check_program(found, self._spec)
+                program = found
+        except Exception as error:  # noqa: BLE001 - whatever it was: a load that never ended would be waited for for ever
             problem = f"{type(error).__name__}: {error}"
         self._finished.put(Loaded(ref.program_id, program, time.monotonic() - started, problem))
         self._wake()

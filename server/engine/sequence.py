@@ -88,6 +88,11 @@ class Sequence:
         return self.request.tenant
 
     @property
+    def has_run(self) -> bool:
+        """Whether it has been in a step, be it that it was preempted since."""
+        return self.charged > 0
+
+    @property
     def num_tokens(self) -> int:
         """The kv index after the last token known so far."""
         return self.num_prologue + len(self.token_ids)

@@ -147,8 +147,8 @@ class ProgramState(enum.StrEnum):
 class ProgramEvent:
     """A program changed state. ``seconds`` is the time that the change took, where it took any, and ``nbytes`` what it takes there.
 
-    ``reason``: ``evicted`` for want of room, ``dropped``, ``load_failed``, or ``pin_limit``: the state is as before, and the program is not
-    pinned.
+    ``reason``: ``evicted`` for want of room, ``dropped``, ``load_failed`` (from disk, or to the device), or ``pin_limit``. The last two mean that
+    the program is not pinned, or not any more, and are told also where the state is as before.
     """
 
     program_id: str
@@ -179,7 +179,7 @@ class EngineStats:
     counters: dict[str, int] = field(default_factory=dict)
     """steps, preemptions, prompt_tokens, cached_tokens, generated_tokens, failed_rows; resident_hits, host_hits and disk_hits: requests by
     where their program was when they came; loads (disk → host), admissions (host → device), evictions from the device and host_evictions,
-    drops."""
+    drops of what was on either."""
     last_step_seconds: float = 0.0
     last_step_rows: int = 0
     last_step_adapters: int = 0

@@ -28,7 +28,7 @@ class Drop(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pin(msgspec.Struct, tag=True, frozen=True):
-    """Keep a program on the device. Refused by an event with the reason ``pin_limit``."""
+    """Keep a program on the device. Refused by an event with the reason ``pin_limit`` or ``load_failed``."""
 
     program: ProgramRef
 

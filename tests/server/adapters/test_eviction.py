@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -62,10 +63,10 @@ def test_what_is_held_or_permanent_never_goes() -> None:
     tier = Tier()
     for name in "abc":
         tier.add(name)
-    tier.policy.permanent.add("a")
+    tier.policy.keep("a")
     assert tier.policy.permanent_bytes == 10
-    assert tier.policy.choose("t", 10, 0, held={"b"}) == ["c"]
-    assert tier.policy.choose("t", 20, 0, held={"b"}, shares=False) is None
+    assert tier.policy.choose("t", 10, 0, stays="b".__eq__) == ["c"]
+    assert tier.policy.choose("t", 20, 0, stays="b".__eq__, shares=False) is None
     assert tier.policy.choose("t", 0, 0) == []
 
 
@@ -95,9 +96,52 @@ def test_a_program_of_two_tenants_is_kept_for_either() -> None:
     assert "both" not in (tier.policy.choose("a", 80, 0) or ["both"])
     assert tier.policy.choose("a", 81, 0) is None
     tier.clock.now += WINDOW_S / 2
-    tier.policy.touch("a0", "a")
+    tier.policy.use("a0", "a")
     tier.clock.now += WINDOW_S / 2
     assert "both" in (tier.policy.choose("a", 100, 0) or ())
+
+
+def test_what_is_in_use_counts_all_the_time() -> None:
+    """For its owner's share and as the share of one who is active, however long ago it began."""
+    tier = Tier()
+    for name in ("b1", "b2"):
+        tier.add(name, 20, "b")
+        tier.policy.hold(name, "b")
+    tier.clock.now += 10 * WINDOW_S
+    tier.add("a", 40, "a")
+    assert tier.policy.is_within_share("a", 10)
+    assert not tier.policy.is_within_share("a", 11)
+    assert not tier.policy.is_within_share("b", 11)
+    assert tier.policy.choose("c", 10, 0) == ["a"]
+    assert tier.policy.choose("c", 41, 0, drains=True) is not None
+    tier.policy.release("b1", "b")
+    # It ended just now, and b is over its share with three to share.
+    assert tier.policy.choose("c", 60, 0) == ["a", "b1"]
+    assert tier.policy.num_staying == 1
+    tier.clock.now += WINDOW_S
+    assert tier.policy.is_within_share("a", 50)
+
+
+def test_who_waits_for_room_looks_only_when_something_has_changed() -> None:
+    tier, looks = Tier(), Counter[str]()
+
+    def stays(name: str) -> bool:
+        looks[name] += 1
+        return True
+
+    for number in range(8):
+        tier.add(f"b{number}", 10, "b")
+    for asking in (*"abcdefgh", None) * 9:
+        assert tier.policy.choose(asking, 10, 0, stays=stays) is None
+    assert set(looks.values()) == {1}
+    tier.policy.use("b0", "b")
+    assert tier.policy.choose("a", 10, 0, stays=stays) is None
+    tier.policy.recheck()
+    assert tier.policy.choose("a", 10, 0, stays=stays) is None
+    assert set(looks.values()) == {3}
+    tier.policy.recheck()
+    tier.clock.now += WINDOW_S
+    assert tier.policy.choose("a", 10, 0) is not None
 
 
 USES = st.lists(st.tuples(st.integers(0, 11), st.sampled_from("abcd"), st.integers(0, 4)), max_size=60)

@@ -14,6 +14,7 @@ from server.adapters.program_file import write_program
 from server.engine.client import EngineClient
 from server.engine.settings import EngineSettings
 from server.engine.types import ProgramEvent, ProgramRef, ProgramState
+from server.engine.wire import Pin, ToEngine, Unpin
 from tests.conftest import TinyModels
 from tests.harness import DIGEST, load_base_for_lowering
 
@@ -24,6 +25,29 @@ def test_pins_are_limited_by_bytes_and_by_number() -> None:
     assert settings.pins_fit([20, 30])
     assert not settings.pins_fit([20, 31])
     assert not settings.pins_fit([1, 1, 1])
+
+
+def test_what_is_let_go_while_a_new_process_is_told_of_the_pins_is_not_pinned() -> None:
+    async def scenario() -> None:
+        client = EngineClient(EngineSettings("", ""), on_event=lambda _: None)
+        told: list[ToEngine] = []
+
+        async def send(message: ToEngine) -> None:
+            told.append(message)
+            if message == Pin(ProgramRef("first")):
+                await client.unpin_program("second")
+
+        client._send = send  # type: ignore[method-assign]
+        for name in ("first", "second", "third"):
+            await client.pin_program(ProgramRef(name))
+        assert told == []
+        client._running = True
+        await client._send_pins()
+        assert told == [Pin(ProgramRef("first")), Unpin("second"), Pin(ProgramRef("third"))]
+        client._running = False
+        await client.stop()
+
+    asyncio.run(scenario())
 
 
 def test_pins_and_prefetches_through_the_process_and_its_death(tiny_models: TinyModels, tmp_path: Path) -> None:

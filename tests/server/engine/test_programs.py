@@ -3,76 +3,19 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from adapter_store.residency import TRANSITIONS
-from server.adapters.ir import LinearEdit, Program
-from server.adapters.program_file import write_program
-from server.engine import loader, programs
+from server.engine import loader, tiers
 from server.engine.engine import Engine
-from server.engine.types import FinishReason, ProgramEvent, ProgramRef, ProgramState, RequestOutput, Task
-from tests.conftest import TinyModels
-from tests.harness import greedy, load_base_for_lowering, make_engine, run
+from server.engine.types import FinishReason, ProgramRef, ProgramState, Task
+from tests.harness import greedy, make_engine, run
+from tests.server.engine.stepping import Clock, Make, finish, settle, states, wait_for_loads
 
 PROMPT = [9, 200, 31, 77]
-
-
-class Clock:
-    """Seconds as the test says."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-Make = Callable[[str, int], ProgramRef]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_models: TinyModels) -> Path:
-    return tiny_models("llama")
-
-
-@pytest.fixture(scope="module")
-def make(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Program files by name and rank."""
-    spec, directory = load_base_for_lowering(model).spec, tmp_path_factory.mktemp("programs")
-
-    def write(name: str, rank: int = 2) -> ProgramRef:
-        generator = torch.Generator().manual_seed(sum(name.encode()))
-        program = Program()
-        for site in spec.sites:
-            if site.kind == "linear":
-                down = torch.randn(rank, site.in_features, generator=generator) / 8
-                program.add(site.name, LinearEdit(down=down, up=torch.randn(rank, site.out_features, generator=generator) / 8))
-        path = directory / f"{name}.safetensors"
-        write_program(path, program, program_id=name, facts={})
-        return ProgramRef(name, str(path))
-
-    return write
-
-
-def states(events: list[ProgramEvent], name: str) -> list[str]:
-    return [event.state.value + (f" {event.reason}" if event.reason else "") for event in events if event.program_id == name]
-
-
-def settle(engine: Engine, steps: int = 3) -> list[ProgramEvent]:
-    """Step until loads have ended and a little longer."""
-    events = []
-    for _ in range(steps):
-        while engine.loader.is_waiting:
-            time.sleep(0.001)
-        engine.step()
-        events += engine.take_events()
-    return events
 
 
 def bytes_held(engine: Engine) -> tuple[int, int, int, int]:
@@ -88,7 +31,7 @@ def test_history_of_a_program_and_hits_by_tier(model: Path, make: Make) -> None:
     assert states(events, "first") == ["loading", "host", "resident", "host evicted", "resident"]
     loaded, resident = (next(e for e in events if e.state is state) for state in (ProgramState.HOST, ProgramState.RESIDENT))
     assert min(loaded.seconds, resident.seconds, loaded.nbytes) > 0
-    assert resident.nbytes >= loaded.nbytes
+    assert loaded.nbytes == Path(first.path).stat().st_size
     counters = engine.stats().counters
     tiers = {name: counters[name] for name in ("resident_hits", "host_hits", "disk_hits", "loads", "admissions", "evictions")}
     assert tiers == {"resident_hits": 1, "host_hits": 1, "disk_hits": 2, "loads": 2, "admissions": 3, "evictions": 2}
@@ -128,7 +71,7 @@ def test_a_drop_waits_for_those_that_were_accepted(model: Path, make: Make) -> N
 
 def test_a_load_under_way_is_thrown_away_unless_somebody_waits(model: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     go, read = threading.Event(), loader.read_program
-    monkeypatch.setattr(loader, "read_program", lambda *args, **more: go.wait(10) and read(*args, **more))
+    monkeypatch.setattr(loader, "read_program", lambda *args, **more: go.wait(60) and read(*args, **more))
     engine = make_engine(model)
     ref = make("late", 2)
     engine.add(greedy("gone", PROMPT, ref))
@@ -144,18 +87,6 @@ def test_a_load_under_way_is_thrown_away_unless_somebody_waits(model: Path, make
     engine.add(greedy("wants it", PROMPT, ref))
     go.set()
     assert finish(engine)["wants it"].finish_reason is FinishReason.LENGTH
-
-
-def finish(engine: Engine) -> dict[str, RequestOutput]:
-    """Step to the end. Returns the last output of every request."""
-    ended = {}
-    for _ in range(2000):
-        ended.update({output.request_id: output for output in engine.step() if output.finish_reason})
-        if not engine.has_unfinished:
-            return ended
-        if not engine.has_runnable:
-            time.sleep(0.001)
-    raise AssertionError("requests did not end")
 
 
 def test_explicit_pins_stay_and_take_half_at_most(model: Path, make: Make) -> None:
@@ -218,26 +149,30 @@ def test_a_prefetched_program_is_there_and_has_pushed_nobody_out(model: Path, ma
 
 
 def test_a_step_copies_a_bounded_amount_and_decodes_go_on(model: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "COPY_BYTES_PER_STEP", 1)
+    """By bytes: six programs in the host, of which two fit into a step's copies, and one that alone is more."""
     engine = make_engine(model)
-    refs = [make(f"many-{index}", 2) for index in range(5)]
-    engine.add(greedy("others", PROMPT, tokens=40))
+    refs = [*(make(f"many-{index}", 2) for index in range(5)), make("more", 12)]
+    footprints = [engine.bank.footprint(loader.read_program(Path(ref.path))) for ref in refs]
+    limit = footprints[0] * 5 // 2
+    assert footprints[-1] > limit
+    monkeypatch.setattr(tiers, "COPY_BYTES_PER_STEP", limit)
     for ref in refs:
         engine.load_program(ref)
-    settle(engine, 9)
+    settle(engine, 30)
     for ref in refs:
-        engine.drop_program(ref.program_id)
+        engine.bank.evict(ref.program_id)
+    engine.add(greedy("others", PROMPT, tokens=40))
+    engine.step()
+    for ref in refs:
         engine.add(greedy(ref.program_id, PROMPT, ref))
-    while engine.loader.is_waiting or engine.stats().waiting_for_adapter:
-        made = [output.request_id for output in engine.step()]
-        assert "others" in made
-    before = engine.stats().counters["admissions"]
-    for _ in range(4):
-        made = [output.request_id for output in engine.step()]
-        assert "others" in made
-        assert engine.stats().counters["admissions"] <= before + 1
-        before = engine.stats().counters["admissions"]
-    assert len(finish(engine)) == 6
+    copied = []
+    while len(copied) < 5:
+        before = engine.bank.copies.total
+        assert "others" in [output.request_id for output in engine.step()]
+        copied.append(engine.bank.copies.total - before)
+    assert sorted(copied) == sorted([0, footprints[0], *[2 * footprints[0]] * 2, footprints[-1]])
+    assert engine.stats().counters["loads"] == len(refs)
+    assert len(finish(engine)) == 7
 
 
 def test_a_load_runs_while_its_request_waits_behind_others(model: Path, make: Make) -> None:
@@ -246,8 +181,7 @@ def test_a_load_runs_while_its_request_waits_behind_others(model: Path, make: Ma
     engine.add(greedy("first", PROMPT, tokens=30))
     engine.step()
     engine.add(greedy("behind", PROMPT, make("behind", 2)))
-    while engine.loader.is_waiting:
-        time.sleep(0.001)
+    wait_for_loads(engine)
     engine.step()
     assert states(engine.take_events(), "behind") == ["loading", "host"]
     stats = engine.stats()
