@@ -70,7 +70,7 @@ class Residents:
         if before is ProgramState.LOADING:
             item.loads += event.state is ProgramState.HOST
             item.failures += event.state is ProgramState.STORED
-        item.admissions += event.state is ProgramState.RESIDENT and before is not ProgramState.DRAINING
+        item.admissions += event.state is ProgramState.RESIDENT and before not in (ProgramState.DRAINING, ProgramState.RESIDENT)
         if event.seconds:
             item.load_seconds[event.state.value] = event.seconds
         item.nbytes = 0 if event.state is ProgramState.STORED else event.nbytes or item.nbytes
