@@ -66,7 +66,7 @@ docs: $(VENV)/.ready ## write the generated tables of docs/
 bench: $(VENV)/.ready ## measure Medley and peft on the same work, with METHODS=1 every method, with COLD=1 cold adapters (writes benchmarks/out)
 	@$(BIN)/python -m benchmarks.$(if $(COLD),cold,$(if $(METHODS),methods,throughput))
 
-soak: $(VENV)/.ready ## change adapters under load, then serve 10,000 of them (about 8 minutes; SOAK="--help" for options)
+soak: $(VENV)/.ready ## change adapters under load, then serve 10,000 of them (about 11 minutes; SOAK="--help" for options)
 	@$(BIN)/python -m benchmarks.soak $(SOAK)
 
 golden: .venv-adapters/.ready ## make the AdapterHub checkpoints of tests/golden again, with the library itself
