@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,3 +128,16 @@ def test_dashboards_ask_for_metrics_that_exist() -> None:
     text = (ROOT / "deploy/grafana/dashboards/overview.json").read_text()
     for name in set(re.findall("medley_[a-z_]+", text)):
         assert re.sub("(_total|_bucket|_count|_sum)$", "", name) in exported, name
+
+
+def test_all_that_runs_is_installed() -> None:
+    """What a wheel would leave out: directories that are no packages, and files that are no modules and not named as data."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    data = project["tool"]["setuptools"]["package-data"]
+    for package in ("server", "adapter_store"):
+        for path in (ROOT / package).rglob("*"):
+            if "__pycache__" in path.parts or path.is_dir():
+                continue
+            assert (path.parent / "__init__.py").exists(), path.relative_to(ROOT)
+            patterns = data.get(".".join(path.parent.relative_to(ROOT).parts), [])
+            assert path.suffix == ".py" or any(path.match(pattern) for pattern in patterns), path.relative_to(ROOT)

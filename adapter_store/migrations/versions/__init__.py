@@ -1,1 +1,1 @@
-"""One file for each revision of the tables, oldest first. A revision that was released never changes."""
+"""Revisions of the catalog, oldest first by name."""
