@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from sqlalchemy import Connection, delete, select, update
 
 from adapter_store.database import Database
-from adapter_store.errors import IdempotencyKeyReused
 from adapter_store.schema import replies
 from adapter_store.types import Replay
 
@@ -48,12 +47,8 @@ class Idempotency:
         claimed = self._database.insert(replies).values(row).on_conflict_do_nothing().returning(replies.c.key)
         if connection.execute(claimed).first() is not None:
             return None
-        done = Replay(*connection.execute(select(replies.c.fingerprint, replies.c.status, replies.c.body).where(here)).one())
-        if done.fingerprint != fingerprint:
-            raise IdempotencyKeyReused(
-                "this idempotency key came with another name, tag or other files in the last 24 hours; use a new key for a new request"
-            )
-        return done
+        found = select(replies.c.fingerprint, replies.c.status, replies.c.body).where(here)
+        return Replay(*connection.execute(found).one()).to(fingerprint)
 
     def store(self, connection: Connection, tenant: str, key: str, status: int, body: str) -> None:
         """Put the reply under the key that this transaction has claimed."""

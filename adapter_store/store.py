@@ -30,7 +30,7 @@ from adapter_store.catalog import Catalog, Once, Publication
 from adapter_store.checkouts import Checkouts
 from adapter_store.children import with_children
 from adapter_store.database import Database
-from adapter_store.durable import CHUNK, clear_directories
+from adapter_store.durable import clear_directories, read_chunks
 from adapter_store.errors import BlobCorrupt, BlobNotFound
 from adapter_store.idempotency import Idempotency, publish_fingerprint
 from adapter_store.manifest import Reference, check_name, check_tag, parse_reference
@@ -207,17 +207,17 @@ class Store:
             return paths["blob"].open("rb")
 
     def stage_blobs(self, tenant: str, files: Mapping[str, str], staging: Staging) -> None:
-        """Put blobs (file name → sha256) that the tenant owns into an upload, as if it had sent them. Raises BlobNotFound with all that it
-        does not own, BlobCorrupt, UploadTooLarge."""
+        """Put owned blobs (file name → sha256) into an upload, as if sent. Raises BlobNotFound naming the others, BlobCorrupt, UploadTooLarge."""
         absent = [f"{name[:80]!r} ({sha256[:64]})" for name, sha256 in files.items() if self.blob(tenant, sha256) is None]
         if absent:
             raise BlobNotFound(f"you own no such blobs; upload them: {', '.join(absent)}")
-        for name, sha256 in files.items():
-            with self.open_blob(tenant, sha256) as reader, staging.open(name) as writer:
-                while chunk := reader.read(CHUNK):
-                    writer.write(chunk)
-            if isinstance(writer, Writer) and writer.sha256 != sha256:
-                raise BlobCorrupt(f"blob {sha256[:12]} is damaged; upload it again")
+        with self._checkouts.open(files) as paths:
+            for name, sha256 in files.items():
+                with staging.open(name) as writer:
+                    for chunk in read_chunks(paths[name]):
+                        writer.write(chunk)
+                if isinstance(writer, Writer) and writer.sha256 != sha256:
+                    raise BlobCorrupt(f"blob {sha256[:12]} is damaged; upload it again")
 
     def begin_blob(self, tenant: str) -> str:
         """Start a resumable upload of one blob and return its id. Raises TooManyUploads."""

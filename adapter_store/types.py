@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapter_store.errors import IdempotencyKeyReused
+
 LATEST = "latest"
 """The tag that a bare name means. Every adapter has it."""
 
@@ -121,6 +123,14 @@ class Replay:
     fingerprint: str
     status: int
     body: str
+
+    def to(self, fingerprint: str) -> Replay:
+        """Itself, for a request with this fingerprint. Raises IdempotencyKeyReused for another."""
+        if self.fingerprint != fingerprint:
+            raise IdempotencyKeyReused(
+                "this idempotency key came with another name, tag or other files in the last 24 hours; use a new key for a new request"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)

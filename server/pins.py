@@ -14,10 +14,10 @@ from functools import partial
 from adapter_store.errors import PinLimit
 from adapter_store.store import Store
 from adapter_store.types import AdapterVersion
-from server.adapters.lowerer import LoweredProgram, LowererClient
+from server.adapters.lowerer import LowererClient
 from server.engine.client import EngineClient
-from server.engine.types import ProgramRef
 from server.errors import ADAPTER_ERRORS
+from server.program_ref import program_ref
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,3 @@ class Pins:
                 raise PinLimit(f"there is no room for {nbytes} bytes more of pinned adapters; unpin another first")
             await self._engine.pin_program(program_ref(program))
             self._held[version.digest] = (nbytes, stack.pop_all())
-
-
-def program_ref(program: LoweredProgram) -> ProgramRef:
-    """A lowered program, as the engine is told of it."""
-    return ProgramRef(program.program_id, str(program.path), program.facts.get("room_taken", 0))

@@ -6,6 +6,7 @@ A tenant sees those that it uploaded itself or that its adapters hold; everybody
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -93,10 +94,8 @@ async def download(request: Request, digest: str) -> Response:
 async def blob_response(request: Request, sha256: str, filename: str | None = None) -> Response:
     """Stream a blob that the tenant owns. Raises ApiError."""
     store: Store = request.app.state.services.store
-    tenant = request.state.tenant
-    nbytes = await asyncio.to_thread(store.blob, tenant, sha256)
-    file = await asyncio.to_thread(store.open_blob, tenant, sha256)
-    headers = {"content-length": str(nbytes), "etag": f'"sha256:{sha256}"'}
+    file = await asyncio.to_thread(store.open_blob, request.state.tenant, sha256)
+    headers = {"content-length": str(os.fstat(file.fileno()).st_size), "etag": f'"sha256:{sha256}"'}
     if filename is not None:
         headers["content-disposition"] = f'attachment; filename="{filename}"'
     return StreamingResponse(_pieces(file), media_type="application/octet-stream", headers=headers)

@@ -34,6 +34,7 @@ from server.engine.types import (
 from server.errors import ApiError, from_engine, from_quarantine
 from server.last_used import LastUsed
 from server.metrics import Metrics
+from server.program_ref import program_ref
 from server.quarantine import Quarantine
 from server.residents import Residents
 from server.tokenizer import Detokenizer, StopText, Tokenizer, TokenizerError
@@ -175,8 +176,9 @@ class Generation:
             raise from_quarantine(record, [f"{version.name}@v{version.number}" for version in versions])
         digests = tuple(version.digest for version in versions)
         self._residents.asked(program.program_id, digests, tenant)
-        ref = ProgramRef(program.program_id, str(program.path), program.facts.get("room_taken", 0))
-        return Resolved(ref, digests, len(program.facts.get("labels", ())), program.facts.get("pooling") == "none")
+        return Resolved(
+            program_ref(program), digests, len(program.facts.get("labels", ())), program.facts.get("pooling") == "none"
+        )
 
     async def _program(
         self, tenant: str, held: ExitStack, named: Sequence[tuple[str, float]], wanted: Selection

@@ -16,7 +16,6 @@ from pydantic import Field, StringConstraints, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from adapter_store.errors import IdempotencyKeyReused
 from adapter_store.manifest import NAME_GRAMMAR, check_name, check_tag, parse_blob_digest
 from adapter_store.staging import StagedAdapter, Staging
 from adapter_store.store import Store
@@ -180,11 +179,7 @@ async def _replay(store: Store, tenant: str, wanted: Wanted, staged: StagedAdapt
     """The reply that the same request got before."""
     assert wanted.key is not None
     replay = await asyncio.to_thread(store.replay, tenant, wanted.key)
-    if replay is None:
-        return None
-    if replay.fingerprint != store.fingerprint(wanted.name, staged, wanted.tag):
-        raise IdempotencyKeyReused("this Idempotency-Key was used for another request; take a new one")
-    return _replayed(replay)
+    return None if replay is None else _replayed(replay.to(store.fingerprint(wanted.name, staged, wanted.tag)))
 
 
 def _replayed(replay: Replay) -> Response:

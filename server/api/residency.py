@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from adapter_store.store import Store
+from adapter_store.types import AdapterVersion
 from server.api.describe import describe
 from server.api.explain import explain
-from server.pins import program_ref
+from server.program_ref import program_ref
 
 router = APIRouter(prefix="/v1/adapters/{reference}")
 
@@ -35,20 +37,20 @@ async def load(request: Request, reference: str) -> dict[str, Any]:
 @router.post("/pin")
 async def pin(request: Request, reference: str) -> dict[str, Any]:
     """Keep a version on the device. It is that version that stays, whatever the name means later."""
-    services = request.app.state.services
-    store: Store = services.store
-    version = await asyncio.to_thread(store.version, request.state.tenant, reference)
-    await services.pins.pin(version)
-    services.replica.tell_pins()
-    return {**describe(version), **await explain(request, version)}
+    return await _change(request, reference, request.app.state.services.pins.pin)
 
 
 @router.delete("/pin")
 async def unpin(request: Request, reference: str) -> dict[str, Any]:
     """Let a version go like any other."""
+    return await _change(request, reference, request.app.state.services.pins.unpin)
+
+
+async def _change(request: Request, reference: str, change: Callable[[AdapterVersion], Awaitable[None]]) -> dict[str, Any]:
+    """Pin or unpin a version, here and on the other replicas."""
     services = request.app.state.services
     store: Store = services.store
     version = await asyncio.to_thread(store.version, request.state.tenant, reference)
-    await services.pins.unpin(version)
+    await change(version)
     services.replica.tell_pins()
     return {**describe(version), **await explain(request, version)}
