@@ -36,7 +36,7 @@ from server.config import Settings
 from server.engine.base_dir import BaseDir, prepare_base
 from server.engine.client import PINS_END_WITH, EngineClient
 from server.engine.settings import EngineSettings
-from server.engine.types import ProgramEvent
+from server.engine.types import ProgramEvent, ProgramState
 from server.errors import ADAPTER_ERRORS, ApiError, from_adapter_error
 from server.last_used import LastUsed
 from server.maintenance import maintain
@@ -86,11 +86,16 @@ class Services:
         await maintain(self.store, self.last_used, self.pins)
 
     async def holders(self, program_id: str) -> dict[str, str]:
-        """Replicas that hold a program; empty while the registry does not answer."""
+        """Replicas that hold a program, with its state. What this one holds is its own knowledge, which the registry learns a little later;
+        while the registry does not answer, nothing is known of the others.
+        """
         try:
-            return await self.registry.holders(program_id)
+            found = await self.registry.holders(program_id)
         except StoreError:
-            return {}
+            found = {}
+        found.pop(self.replica.name, None)
+        own = self.residents.of(program_id)
+        return found if own is None or own.state is ProgramState.STORED else {**found, self.replica.name: own.state.value}
 
 
 def build_services(settings: Settings) -> Services:
