@@ -5,7 +5,7 @@ Rows are ordered decodes first (by slot), then longer pieces: rows of one slot l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,27 +13,8 @@ from torch import Tensor
 
 from server.adapters.rows import VirtualRows
 from server.engine.block_manager import NULL_BLOCK
+from server.engine.kernels import PagedRows
 from server.engine.scheduler import Scheduled
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Single-token rows of similar context length. ``rows (B,)``, ``tables (B, blocks)`` padded with the null block,
-    ``lengths (B,)`` keys per row, the new one included. ``rows`` None: all rows of the batch, in order."""
-
-    rows: Tensor | None
-    tables: Tensor
-    lengths: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillPiece:
-    """Rows ``[start, end)`` of the batch: consecutive tokens of one sequence. ``table (blocks,)`` covers ``kv_length`` keys."""
-
-    start: int
-    end: int
-    kv_length: int
-    table: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +31,17 @@ class PrefixCopy:
 class Batch:
     """One step's input. ``T`` tokens, ``S`` sampled rows.
 
-    ``input_ids``, ``positions``, ``kv_slots``: int64 ``(T,)``. ``token_slots`` and ``sample_slots`` are (slot, start, end) runs over
-    the T token rows and the S sampled rows. ``sample_rows (S,)`` selects from the token rows; ``item_samples[i]`` is how many of
-    them belong to ``items[i]``; its last one makes the next token where ``items[i].samples``. ``copies`` and ``virtual_rows`` are what
-    programs start with.
+    ``input_ids``, ``positions``, ``kv_slots``: int64 ``(T,)``. ``paged``: the keys that each row sees. ``token_slots`` and ``sample_slots``
+    are (slot, start, end) runs over the T token rows and the S sampled rows. ``sample_rows (S,)`` selects from the token rows;
+    ``item_samples[i]`` is how many of them belong to ``items[i]``; its last one makes the next token where ``items[i].samples``.
+    ``copies`` and ``virtual_rows`` are what programs start with.
     """
 
     items: tuple[Scheduled, ...]
     input_ids: Tensor
     positions: Tensor
     kv_slots: Tensor
-    decodes: tuple[DecodeGroup, ...]
-    prefills: tuple[PrefillPiece, ...]
+    paged: PagedRows
     token_slots: tuple[tuple[int, int, int], ...]
     sample_slots: tuple[tuple[int, int, int], ...]
     sample_rows: Tensor
@@ -84,8 +64,8 @@ def pack(scheduled: Sequence[Scheduled], block_size: int, device: torch.device) 
     item_samples: list[int] = []
     token_runs: list[tuple[int, int, int]] = []
     sample_runs: list[tuple[int, int, int]] = []
-    decodes: list[tuple[int, Scheduled]] = []
-    prefills: list[PrefillPiece] = []
+    tables: list[list[int]] = []
+    lengths: list[int] = []
     copies: list[PrefixCopy] = []
     virtual_rows: list[VirtualRows] = []
     for item in items:
@@ -111,18 +91,14 @@ def pack(scheduled: Sequence[Scheduled], block_size: int, device: torch.device) 
         ]
         sample_rows += [row + index - first for index in wanted]
         item_samples.append(len(wanted))
-        if item.count == 1:
-            decodes.append((row, item))
-        else:
-            blocks = table[: -(-end // block_size)]
-            prefills.append(PrefillPiece(row, row + item.count, end, torch.tensor(blocks, device=device)))
+        tables.append(table[: -(-end // block_size)])
+        lengths += range(first + 1, end + 1)
     return Batch(
         items=tuple(items),
         input_ids=torch.tensor(input_ids, device=device),
         positions=torch.tensor(positions, device=device),
         kv_slots=torch.tensor(kv_slots, device=device),
-        decodes=tuple(_decode_groups(decodes, len(input_ids), block_size, device)),
-        prefills=tuple(prefills),
+        paged=_paged([item.count for item in items], tables, lengths, device),
         token_slots=_merge(token_runs),
         sample_slots=_merge(sample_runs),
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
@@ -146,23 +122,11 @@ def _sampled_positions(item: Scheduled) -> list[int]:
     return list(range(first, min(end, item.sequence.num_prompt - 1))) + last
 
 
-def _decode_groups(
-    decodes: list[tuple[int, Scheduled]], num_rows: int, block_size: int, device: torch.device
-) -> Iterable[DecodeGroup]:
-    """Group rows so that the padding of block tables at most doubles the work: by the power of two above their length."""
-    buckets: dict[int, list[tuple[int, Scheduled]]] = {}
-    for row, item in decodes:
-        blocks = -(-(item.start + 1) // block_size)
-        buckets.setdefault((blocks - 1).bit_length(), []).append((row, item))
-    for _, members in sorted(buckets.items()):
-        longest = max(-(-(item.start + 1) // block_size) for _, item in members)
-        tables = [(item.sequence.block_table + [NULL_BLOCK] * longest)[:longest] for _, item in members]
-        rows = [row for row, _ in members]
-        yield DecodeGroup(
-            rows=None if rows == list(range(num_rows)) else torch.tensor(rows, device=device),
-            tables=torch.tensor(tables, device=device),
-            lengths=torch.tensor([item.start + 1 for _, item in members], device=device),
-        )
+def _paged(counts: list[int], tables: list[list[int]], lengths: list[int], device: torch.device) -> PagedRows:
+    longest = max(map(len, tables))
+    padded = [table + [NULL_BLOCK] * (longest - len(table)) for table in tables]
+    sequence_of = [sequence for sequence, count in enumerate(counts) for _ in range(count)]
+    return PagedRows(*(torch.tensor(values, dtype=torch.int32, device=device) for values in (padded, sequence_of, lengths)))
 
 
 def _merge(runs: list[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:

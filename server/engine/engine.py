@@ -61,7 +61,8 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
             pin=self._programs.pin,
             unpin=self._programs.unpin,
         )
-        self._runner = Runner(base, self._cache, self.bank, kernel=self._kernel)
+        kernels = self._kernels
+        self._runner = Runner(base, self._cache, self.bank, kernel=kernels.low_rank, attention=kernels.attention)
 
     @property
     def has_runnable(self) -> bool:

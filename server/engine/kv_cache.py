@@ -50,9 +50,6 @@ class KVCache:
         layers, two, heads, _, _, width = self._data.shape
         self._data.view(layers, two, heads, -1, width).index_copy_(3, kv_slots, entries)
 
-    def gather(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of block tables ``(…, blocks)``, each ``(kv_heads, …, blocks * block_size, head_dim)``."""
-        key, value = self._layers[layer]
-        shape = (key.shape[0], *tables.shape[:-1], tables.shape[-1] * self.block_size, key.shape[-1])
-        flat = tables.reshape(-1)
-        return tuple(cache.flatten(2).index_select(1, flat).view(shape) for cache in (key, value))  # type: ignore[return-value]
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer, each ``(kv_heads, num_blocks, block_size, head_dim)``."""
+        return self._layers[layer]

@@ -17,8 +17,10 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from server.adapters.bank import COMPUTE_ERRORS, Bank
-from server.adapters.kernels import Kernel, load_native
+from server.adapters.kernels import Kernel
 from server.engine.host_tier import HostTier
+from server.engine.kernels.choice import choose_kernels
+from server.engine.kernels.swap import swap_native
 from server.engine.loader import Loader
 from server.engine.model import DTYPES, BaseModel, load_base
 from server.engine.pooling import Pooled, classification, embedding, pooled_rows
@@ -92,7 +94,9 @@ class Lifecycle(ABC, Generic[W, R]):
         self._is_stuck = False
         self._device = device
         self._base = base
-        self._kernel = _load_kernel(settings, kernel)
+        self._kernels = choose_kernels(settings.kernel_dir, dtype, device, low_rank=kernel)
+        if self._kernels.native is not None:
+            swap_native(base.model, self._kernels.native)
 
     @property
     def has_unfinished(self) -> bool:
@@ -320,10 +324,3 @@ def _describe(settings: EngineSettings, base: BaseModel) -> EngineInfo:
         base_spec=base.spec.to_json(),
         tasks=(*((Task.GENERATE,) if generates else ()), Task.CLASSIFY, *((Task.EMBED,) if base.embedding else ())),
     )
-
-
-def _load_kernel(settings: EngineSettings, kernel: Kernel | None) -> Kernel | None:
-    """The low-rank kernel: the one asked for, else a compiled one where that is possible."""
-    if kernel is None and settings.kernel_dir:
-        return load_native(Path(settings.kernel_dir), DTYPES[settings.dtype], torch.device(settings.device))
-    return kernel

@@ -15,6 +15,7 @@ from server.adapters.kernels import Kernel
 from server.adapters.sites import SiteState, attach
 from server.engine.attention import AttentionState
 from server.engine.batch import Batch
+from server.engine.kernels import AttentionKernel, GatheredAttention
 from server.engine.kv_cache import KVCache
 from server.engine.model import BaseModel
 from server.engine.pooling import Pooled, pool
@@ -33,19 +34,27 @@ class StepResult:
 class Runner:
     """The base model with its sites attached, its K/V cache and its bank."""
 
-    def __init__(self, base: BaseModel, cache: KVCache, bank: Bank, *, kernel: Kernel | None = None) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        cache: KVCache,
+        bank: Bank,
+        *,
+        kernel: Kernel | None = None,
+        attention: AttentionKernel | None = None,
+    ) -> None:
         self._base = base
         self._cache = cache
         self._bank = bank
         self._sites = SiteState(bank)
-        self._attention = AttentionState(cache, self._sites)
+        self._attention = AttentionState(cache, self._sites, attention or GatheredAttention())
         self._edits = EditCache(bank, kernel=kernel)
         self._head_edits = EditCache(bank, kernel=kernel)
         attach(base.model, base.spec, self._sites)
         for layer in range(base.spec.num_layers):
             name = base.spec.layer_site(layer, base.spec.names.attention)
             output = base.spec.layer_site(layer, base.spec.names.attention_out)
-            base.model.get_submodule(name).medley_attention = self._attention.at(name, output)  # type: ignore[assignment]
+            base.model.get_submodule(name).medley_attention = self._attention.at(layer, name, output)  # type: ignore[assignment]
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
@@ -63,9 +72,7 @@ class Runner:
 
     @contextmanager
     def _bound(self, batch: Batch) -> Iterator[None]:
-        if self._attention.batch is not None:
-            raise RuntimeError("a step is already running on this model")
-        self._attention.batch = batch
+        self._attention.bind(batch)
         self._sites.token_indices = batch.token_indices
         self._sites.edits = self._edits.get(batch.token_slots)
         self._sites.head_edits = self._head_edits.get(batch.sample_slots)
@@ -73,7 +80,7 @@ class Runner:
         try:
             yield
         finally:
-            self._attention.batch = None
+            self._attention.unbind()
             self._sites.unbind()
 
 

@@ -1,0 +1,140 @@
+"""The native CPU kernels of the base's path, as functions on tensors: built once with the machine's compiler, left out where there is none.
+
+Each function here states what it computes in PyTorch's words; the tests hold it to that. A row's result is bit for bit the same whatever
+other rows there are. Knows tensors, no modules and no model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.adapters.kernels.build import build_library, load_library
+from server.engine.kernels.paged import PagedRows, Rules
+
+_DIRECTORY = Path(__file__).parent
+SOURCES = tuple(_DIRECTORY / name for name in ("linear.cpp", "attention.cpp", "rows.cpp"))
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+_POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+log = logging.getLogger(__name__)
+
+
+class Native:
+    """The kernels for activations of one dtype, float32 or bfloat16. Raises OSError or AttributeError when the library is not theirs."""
+
+    def __init__(self, library: Path, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._library = load_library(library)
+        suffix = _SUFFIXES[dtype]
+        self._elements = self._bound("packed_elements", 0, 2)
+        self._elements.restype = ctypes.c_int64
+        self._packs = {of: self._bound(f"pack_{name}", 2, 2) for of, name in _SUFFIXES.items()}
+        self._linears = {torch.bfloat16: self._bound(f"linear_bf16_{suffix}", 4, 3)}
+        if dtype == torch.float32:
+            self._linears[dtype] = self._bound("linear_f32_f32", 4, 3)
+        self._norm = self._bound(f"rms_norm_{suffix}", 3, 2, _FLOAT)
+        self._silu_mul = self._bound(f"silu_mul_{suffix}", 3, 1)
+        self._rotate = self._bound(f"rotate_and_keep_{suffix}", 8, 5)
+        self._attention = self._bound(f"attention_{suffix}", 7, 7, _FLOAT, _INTEGER, _FLOAT)
+
+    def _bound(self, name: str, pointers: int, integers: int, *others: Any) -> Any:
+        function = getattr(self._library, name)
+        function.argtypes = [_POINTER] * pointers + [_INTEGER] * integers + list(others)
+        function.restype = None
+        return function
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """``weight (out, in)`` in the order that ``linear`` reads: bfloat16 where that holds every number exactly, else float32."""
+        weight = weight.detach().contiguous()
+        short = weight.to(torch.bfloat16)
+        if torch.equal(short.to(weight.dtype), weight):
+            weight = short
+        out_features, in_features = weight.shape
+        packed = torch.empty(self._elements(in_features, out_features), dtype=weight.dtype)
+        self._packs[weight.dtype](weight.data_ptr(), packed.data_ptr(), in_features, out_features)
+        return packed
+
+    def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+        """``F.linear(x, weight, bias)`` for ``x (…, in)`` and a packed weight; ``bias (out,)`` in float32."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+        y = torch.empty((*x.shape[:-1], out_features), dtype=self.dtype)
+        self._linears[packed.dtype](
+            rows.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), *rows.shape, out_features
+        )
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``F.rms_norm(x, weight.shape, weight, eps)``; ``weight (width,)`` in float32."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        width = x.shape[-1]
+        self._norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
+        return y
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``F.silu(gate) * up``, which may take the place of ``gate``."""
+        gate, up = gate.contiguous(), up.contiguous()
+        self._silu_mul(gate.data_ptr(), up.data_ptr(), gate.data_ptr(), gate.numel())
+        return gate
+
+    def rotate_and_keep(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: tuple[Tensor, Tensor],
+        caches: tuple[Tensor, Tensor],
+        kv_slots: Tensor,
+    ) -> None:
+        """Rotary embedding as in Hugging Face's ``apply_rotary_pos_emb``, and what it is for: ``query (T, heads, d)`` is rotated in place, ``key``
+        and ``value (T, kv_heads, d)`` go, the former rotated, to ``kv_slots (T,)`` of the caches ``(kv_heads, num_blocks, block_size, d)``.
+        ``angles``: cosines and sines ``(T, d)``."""
+        cosines, sines = (angle.contiguous() for angle in angles)
+        rows, heads, width = query.shape
+        keys, values = caches
+        self._rotate(
+            *(tensor.data_ptr() for tensor in (query, key, value, cosines, sines, keys, values, kv_slots)),
+            rows,
+            heads,
+            key.shape[1],
+            width,
+            keys.shape[1] * keys.shape[2],
+        )
+
+    def attention(
+        self, out: Tensor, query: Tensor, key_cache: Tensor, value_cache: Tensor, rows: PagedRows, rules: Rules
+    ) -> None:
+        """An AttentionKernel."""
+        kv_heads, num_blocks, block_size, width = key_cache.shape
+        self._attention(
+            *(tensor.data_ptr() for tensor in (out, query, key_cache, value_cache, rows.tables, rows.sequence_of, rows.lengths)),
+            query.shape[0],
+            query.shape[1],
+            kv_heads,
+            width,
+            num_blocks,
+            block_size,
+            rows.tables.shape[1],
+            rules.scaling,
+            rules.window or 0,
+            rules.softcap or 0.0,
+        )
+
+
+def load_native(cache_dir: Path, dtype: torch.dtype, device: torch.device) -> Native | None:
+    """The kernels for a dtype, built on first use; None where they cannot be had, which costs speed and nothing else."""
+    if device.type != "cpu" or dtype not in _SUFFIXES:
+        return None
+    try:
+        return Native(build_library(SOURCES, cache_dir, "base"), dtype)
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        log.warning("the base runs on PyTorch's own, slower operations: %s", error)
+        return None

@@ -1,0 +1,81 @@
+// Vectors of fp32 as wide as the machine has them, in the compiler's own vector types: no intrinsics, one source for all processors.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#else
+constexpr int64_t LANES = 8;
+#endif
+
+// 16 registers allow 6 rows of 2 vectors beside the operands, 32 allow 12.
+constexpr int64_t MAX_TILE_ROWS = LANES == 16 ? 12 : 6;
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t VecInt __attribute__((vector_size(LANES * 4)));
+typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
+typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));
+// The same in memory, at any address.
+typedef float VecAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t VecBitsAt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t VecHalfAt __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float widen(float value) { return value; }
+inline float widen(BFloat16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+inline void narrow(float value, float* out) { *out = value; }
+inline void narrow(float value, BFloat16* out) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    // Round to nearest even, as PyTorch does.
+    out->bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline Vec load(const float* at) { return *reinterpret_cast<const VecAt*>(at); }
+inline Vec load(const BFloat16* at) {
+    const VecHalf half = *reinterpret_cast<const VecHalfAt*>(at);
+    return reinterpret_cast<Vec>(__builtin_convertvector(half, VecBits) << 16);
+}
+inline void store(Vec value, float* at) { *reinterpret_cast<VecAt*>(at) = value; }
+inline void store(Vec value, BFloat16* at) {
+    for (int64_t lane = 0; lane < LANES; ++lane) narrow(value[lane], at + lane);
+}
+
+// x - 0 is x for every x, which the compiler knows; x + 0 is not (of -0).
+inline Vec splat(float value) { return value - Vec{}; }
+
+inline float sum(Vec value) {
+    float part[LANES];
+    store(value, part);
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+    return part[0];
+}
+
+// e^x to about 2 units in the last place: 2^n · e^r with |r| <= ln(2)/2, the polynomial of Cephes' expf. NaN stays NaN, below -87.3 is 0.
+inline Vec exponential(Vec x) {
+    const VecInt is_low = x < -87.3f, is_high = x > 88.3f;
+    const Vec scaled = x * 1.44269504088896341f;
+    const Vec bounded = is_low | is_high | (x != x) ? Vec{} : scaled;
+    const VecInt n = __builtin_convertvector(bounded + (bounded < 0 ? splat(-0.5f) : splat(0.5f)), VecInt);
+    const Vec whole = __builtin_convertvector(n, Vec);
+    const Vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const Vec value = (p * r * r + r + 1.0f) * reinterpret_cast<Vec>((n + 127) << 23);
+    return x != x ? x : (is_low ? Vec{} : (is_high ? splat(__builtin_inff()) : value));
+}

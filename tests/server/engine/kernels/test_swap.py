@@ -1,0 +1,85 @@
+"""A model on native modules says what it said before, for every family; and which parts of it are native is asserted, not assumed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.kernels import GatheredAttention
+from server.engine.kernels.modules import GatedMLP, NativeRMSNorm, PackedLinear, RotaryAttention
+from server.engine.types import Task
+from tests.conftest import TinyModels
+from tests.harness import ask, greedy, make_encoder, make_engine, run
+from tests.tiny import ENCODERS, FAMILIES
+
+# Of two layers: linears, norms, gated MLPs, rotary attentions.
+NATIVE = {
+    "llama": (15, 5, 2, 2),
+    "mistral": (15, 5, 2, 2),
+    "qwen2": (15, 5, 2, 2),
+    "qwen3": (15, 9, 2, 2),
+    "phi3": (9, 5, 0, 0),
+    "gemma2": (15, 0, 0, 0),
+    "gpt2": (9, 0, 0, 0),
+    "opt": (13, 0, 0, 0),
+}
+
+
+def kinds(model: torch.nn.Module) -> tuple[int, ...]:
+    found = Counter(type(module) for module in model.modules())
+    return tuple(found[kind] for kind in (PackedLinear, NativeRMSNorm, GatedMLP, RotaryAttention))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(tiny_models: TinyModels, kernel_dir: Path, family: str) -> None:
+    directory = tiny_models(family)
+    requests = [greedy(str(seed), [3 + seed, *range(20, 20 + 9 * seed)], tokens=6) for seed in range(4)]
+    plain = make_engine(directory)
+    fast = make_engine(directory, kernel_dir=str(kernel_dir))
+    assert kinds(fast._base.model) == NATIVE[family]
+    assert kinds(plain._base.model) == (0, 0, 0, 0)
+    assert isinstance(plain._runner._attention.kernel, GatheredAttention)
+    assert not isinstance(fast._runner._attention.kernel, GatheredAttention)
+    wanted, found = run(plain, requests), run(fast, requests)
+    for name, result in wanted.items():
+        assert found[name].tokens == result.tokens
+        torch.testing.assert_close(torch.stack(found[name].logits), torch.stack(result.logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_alone_is_packed_bit_for_bit(tiny_models: TinyModels, kernel_dir: Path, family: str) -> None:
+    """Also in chunks of a few tokens, and behind a cached prefix."""
+    directory = tiny_models(family)
+    requests = [greedy(str(seed), [3 + seed, *range(20, 20 + 9 * seed)], tokens=6) for seed in range(4)]
+    packed = run(make_engine(directory, kernel_dir=str(kernel_dir)), requests)
+    chunked = run(make_engine(directory, kernel_dir=str(kernel_dir), max_batch_tokens=8), requests)
+    for request in requests:
+        engine = make_engine(directory, kernel_dir=str(kernel_dir))
+        name = request.request_id
+        alone = run(engine, [request])[name]
+        cached = run(engine, [request])[name]
+        for other in (packed[name], chunked[name], cached):
+            assert other.tokens == alone.tokens
+            assert torch.equal(torch.stack(other.logits), torch.stack(alone.logits))
+        assert cached.num_cached_tokens == (len(request.prompt_token_ids) - 1) // 16 * 16
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders(tiny_models: TinyModels, kernel_dir: Path, family: str) -> None:
+    directory = tiny_models(family)
+    requests = [ask(str(seed), [1, *range(20, 30 + seed)], task=Task.EMBED) for seed in range(3)]
+    plain, fast = make_encoder(directory), make_encoder(directory, kernel_dir=str(kernel_dir))
+    assert kinds(fast._base.model)[0] == 12
+    wanted, found = run(plain, requests), run(fast, requests)
+    for name, result in wanted.items():
+        torch.testing.assert_close(found[name].rows, result.rows, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_compiler_pytorch_runs(tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    engine = make_engine(tiny_models("llama"), kernel_dir=str(tmp_path / "kernels"))
+    assert kinds(engine._base.model) == (0, 0, 0, 0)
+    assert run(engine, [greedy("a", [5, 6, 7])])["a"].finish_reason == "length"
