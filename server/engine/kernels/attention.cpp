@@ -41,16 +41,17 @@ std::vector<Run> runs_of(const int32_t* sequence_of, int64_t rows) {
 // scores[i] = query · keys[i], both (…, width)
 template <int COUNT, typename T>
 void dots(const float* query, const T* keys, int64_t width, float* scores) {
-    Vec acc[COUNT] = {};
+    Vec acc[KEYS] = {};
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
         const Vec q = load(query + i);
 #pragma GCC unroll 4
         for (int key = 0; key < COUNT; ++key) acc[key] += q * load(keys + key * width + i);
     }
+    const Vec4 found = sums(acc[0], acc[1], acc[2], acc[3]);
 #pragma GCC unroll 4
     for (int key = 0; key < COUNT; ++key) {
-        float score = sum(acc[key]);
+        float score = found[key];
         for (int64_t rest = i; rest < width; ++rest) score += query[rest] * widen(keys[key * width + rest]);
         scores[key] = score;
     }

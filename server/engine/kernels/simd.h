@@ -54,13 +54,26 @@ inline void store(Vec value, BFloat16* at) {
 // x - 0 is x for every x, which the compiler knows; x + 0 is not (of -0).
 inline Vec splat(float value) { return value - Vec{}; }
 
-inline float sum(Vec value) {
-    float part[LANES];
-    store(value, part);
-    for (int64_t half = LANES / 2; half > 0; half /= 2)
-        for (int64_t lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
-    return part[0];
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec4 __attribute__((vector_size(16)));
+
+#if defined(__AVX512F__)
+inline Vec8 fold(Vec value) {
+    return __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
 }
+#else
+inline Vec8 fold(Vec value) { return value; }
+#endif
+
+// The sums of four vectors' lanes, each in the same order.
+inline Vec4 sums(Vec a, Vec b, Vec c, Vec d) {
+    const Vec8 e = fold(a), f = fold(b), g = fold(c), h = fold(d);
+    const Vec8 ef = __builtin_shufflevector(e, f, 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(e, f, 1, 9, 3, 11, 5, 13, 7, 15);
+    const Vec8 gh = __builtin_shufflevector(g, h, 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(g, h, 1, 9, 3, 11, 5, 13, 7, 15);
+    const Vec8 all = __builtin_shufflevector(ef, gh, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(ef, gh, 2, 3, 10, 11, 6, 7, 14, 15);
+    return __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7);
+}
+inline float sum(Vec value) { return sums(value, value, value, value)[0]; }
 
 // e^x to about 2 units in the last place: 2^n · e^r with |r| <= ln(2)/2, the polynomial of Cephes' expf. NaN stays NaN, below -87.3 is 0.
 inline Vec exponential(Vec x) {
