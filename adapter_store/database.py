@@ -142,8 +142,9 @@ def _configure_sqlite(engine: Engine) -> None:
     def _on_connect(connection: Any, _record: Any) -> None:
         # Transactions are begun below, not by the driver: it would begin them too late, and not for reads.
         connection.isolation_level = None
-        for pragma in (f"busy_timeout={_WAIT_MS}", "journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
+        for pragma in (f"busy_timeout={_WAIT_MS}", "foreign_keys=ON", "synchronous=FULL"):
             connection.execute(f"PRAGMA {pragma}")
+        _write_ahead(connection)
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
@@ -151,6 +152,20 @@ def _configure_sqlite(engine: Engine) -> None:
         begin = connection.get_execution_options().get("begin")
         if begin is not None:
             connection.exec_driver_sql(begin)
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Where several open a new database at once, SQLite refuses this to all but one of them, however long they are ready to wait."""
+    until = time.monotonic() + _WAIT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 @contextmanager

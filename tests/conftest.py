@@ -13,18 +13,23 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck
 
 from server.engine.base_dir import prepare_base
+from tests.live import Sharing, shared_server
 from tests.postgres import fresh_database, running_postgres
 from tests.seaweed import Seaweed, running_seaweed
 from tests.tiny import make_tiny
 
 TinyModels = Callable[[str], Path]
 
+# A busy machine is no failure. The fixtures that examples share are directories and servers: none needs to be new for each.
+hypothesis.settings.register_profile(
+    "looking", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], print_blob=True
+)
 # The gate tries the same cases every time; a developer's machine looks for new ones.
-hypothesis.settings.register_profile("gate", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("gate")
+hypothesis.settings.register_profile("gate", hypothesis.settings.get_profile("looking"), derandomize=True)
+hypothesis.settings.load_profile("gate" if os.environ.get("CI") else "looking")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,6 +57,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 def smollm2() -> Path:
     """The real default base, converted once into the data directory that the demo uses too."""
     return prepare_base(None, Path(__file__).parents[1] / ".medley").path
+
+
+@pytest.fixture(scope="session")
+def sharing(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharing]:
+    """A live server on a tiny Llama. Its processes may end and start anew in a test, and nothing is known of what they hold before it."""
+    with shared_server(tiny_models("llama"), tmp_path_factory.mktemp("shared")) as share:
+        yield share
 
 
 @pytest.fixture(scope="session")

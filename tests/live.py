@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -16,16 +18,20 @@ from server.api.auth import new_key
 
 TENANTS = ("acme", "globex")
 OPERATOR = "operator"
+SHARERS = 8
+"""Test modules and packages that may have tenants of their own on one server."""
 SMALL = ("--dtype", "float32", "--kv-cache-bytes", "32MiB", "--bank-bytes", "64MiB", "--host-bytes", "64MiB", "--threads", "1")
 
 
 @dataclass(frozen=True)
 class Live:
-    """A running server and its tenants' keys."""
+    """A running server and the keys of those who use it: of the tenants by the names in ``TENANTS``, and the operator's."""
 
     url: str
     keys: dict[str, str]
     data_dir: Path
+    names: dict[str, str]
+    """What the server calls them."""
 
     def client(self, tenant: str = "acme") -> Medley:
         return Medley(self.url, self.keys[tenant])
@@ -40,20 +46,29 @@ class Live:
             for name, path in adapters.items():
                 client.adapters.push(path, name)
 
-    def child(self, module: str) -> psutil.Process:
-        """The server's child process that runs a module."""
+    def process(self) -> psutil.Process:
+        """The server's own process, which serves HTTP."""
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
-            if module in line and any(str(self.data_dir) in part for parent in process.parents() for part in _command(parent)):
+            if "server" in line and str(self.data_dir) in line:
                 return process
+        raise LookupError("the server does not run")
+
+    def child(self, module: str) -> psutil.Process:
+        """The server's child process that runs a module."""
+        for process in self.process().children():
+            with suppress(psutil.NoSuchProcess):
+                if module in process.cmdline():
+                    return process
         raise LookupError(f"no {module} process of this server runs")
 
 
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Until it holds. What happens at all happens at once, so that the time is only what a very busy machine may need."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -67,4 +82,23 @@ def live_server(
     keys_file.write_text("".join(f"{line}\n" for _, line in made.values()))
     arguments = ("--model", str(model), "--keys-file", str(keys_file), *SMALL, *flags)
     with running_server(data_dir, *arguments, env=env) as url:
-        yield Live(url, {tenant: key for tenant, (key, _) in made.items()}, data_dir)
+        yield Live(url, {tenant: key for tenant, (key, _) in made.items()}, data_dir, {tenant: tenant for tenant in made})
+
+
+Sharing = Callable[[], Live]
+"""Gives whoever calls it the shared server with two tenants whom nobody else is."""
+
+
+@contextmanager
+def shared_server(model: Path, data_dir: Path) -> Iterator[Sharing]:
+    """One server for all who need no settings of their own, but names, and for whom it may hold what others left."""
+    tenants = [f"{tenant}-{number}" for number in range(SHARERS) for tenant in TENANTS]
+    with live_server(model, data_dir, tenants=tenants) as server:
+        numbers = itertools.count()
+
+        def share() -> Live:
+            number = next(numbers)
+            names = {**{tenant: f"{tenant}-{number}" for tenant in TENANTS}, OPERATOR: OPERATOR}
+            return replace(server, keys={tenant: server.keys[name] for tenant, name in names.items()}, names=names)
+
+        yield share

@@ -32,7 +32,7 @@ _AT_ONCE = 4
 """Changes under way at a time."""
 _DELETED = 0.2
 """Which part of the changes of a name that exists are deletions."""
-_FREED_WITHIN_S = 5.0
+_FREED_WITHIN_S = 30.0
 
 Key = tuple[str, str]
 """Tenant and name."""

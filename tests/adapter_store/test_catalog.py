@@ -646,8 +646,8 @@ def test_reads_do_not_wait_for_a_write(store: Store, push: Push) -> None:
     with store._database.write() as connection:
         connection.exec_driver_sql("UPDATE names SET etag = 'unseen'")
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(store.resolve, "acme", "bot").result(timeout=5) == before
-            assert pool.submit(store.get, "acme", "bot").result(timeout=5).etag != "unseen"
+            assert pool.submit(store.resolve, "acme", "bot").result(timeout=60) == before
+            assert pool.submit(store.get, "acme", "bot").result(timeout=60).etag != "unseen"
 
 
 def test_a_read_sees_one_state(store: Store, push: Push) -> None:
@@ -656,7 +656,7 @@ def test_a_read_sees_one_state(store: Store, push: Push) -> None:
         count = "SELECT count(*) FROM versions"
         assert connection.exec_driver_sql(count).scalar() == 1
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(push, "acme", "bot", 2).result(timeout=5)
+            pool.submit(push, "acme", "bot", 2).result(timeout=60)
         assert connection.exec_driver_sql(count).scalar() == 1
 
 

@@ -153,9 +153,7 @@ def test_histories(catalog_url: str, tmp_path: Path) -> None:
     try:
         run_state_machine_as_test(
             histories,
-            settings=settings(
-                max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
-            ),
+            settings=settings(max_examples=12, stateful_step_count=25, suppress_health_check=list(HealthCheck)),
         )
     finally:
         histories.store.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
@@ -248,7 +248,7 @@ def test_all_faults_come_together(tmp_path: Path) -> None:
     assert [fault.code for fault in caught.value.faults] == ["invalid_config", "non_finite_tensor", "non_finite_tensor"]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(data=st.data())
 def test_mutated_uploads_are_refused_or_whole(data: st.DataObject, tmp_path: Path) -> None:
     name = data.draw(st.sampled_from(sorted(good())))

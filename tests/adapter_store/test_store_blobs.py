@@ -122,7 +122,7 @@ def test_a_silent_blob_store_does_not_keep_others_from_writing(
         started = time.monotonic()
         while not sweep.done():
             store.touch({("acme", "kept", 1): kept.created + 1})
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         with pytest.raises(StoreUnavailable):
             sweep.result()
     assert store.blob("acme", doomed.blobs["weights"]) is None

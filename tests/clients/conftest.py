@@ -1,4 +1,4 @@
-"""One server for all tests of the client; each of them finds it empty."""
+"""Two tenants of a live server for all tests of the client; each test finds them without adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from medley_client.cli import main
 from tests.conftest import TinyModels
-from tests.live import TENANTS, Live, live_server
+from tests.live import TENANTS, Live, Sharing
 from tests.parity.variants import VARIANTS, Variant, make_adapter
 
 Command = Callable[..., tuple[int, str, str]]
@@ -18,9 +18,8 @@ _seeds = itertools.count(1)
 
 
 @pytest.fixture(scope="package")
-def server(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(tiny_models("llama"), tmp_path_factory.mktemp("live")) as running:
-        yield running
+def server(sharing: Sharing) -> Live:
+    return sharing()
 
 
 @pytest.fixture

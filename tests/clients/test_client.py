@@ -150,9 +150,13 @@ def test_nobody_there_is_status_3(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_usage_and_help() -> None:
-    for arguments, status in ((["--help"], 0), (["push", "--help"], 0), ([], 2), (["nonsense"], 2), (["push"], 2)):
-        finished = subprocess.run([sys.executable, "-m", "medley_client.cli", *arguments], capture_output=True)
-        assert finished.returncode == status
+    command = [sys.executable, "-m", "medley_client.cli"]
+    assert subprocess.run([*command, "--help"], capture_output=True).returncode == 0
+    assert subprocess.run(command, capture_output=True).returncode == 2
+    for arguments, status in ((["push", "--help"], 0), (["nonsense"], 2), (["push"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == status
 
 
 def test_help_of_every_command_fits_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +227,7 @@ class Script(BaseHTTPRequestHandler):
 def test_retries_obey_the_server(replies: list[tuple[int, dict[str, str]]], left: int, works: bool) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Script)
     server.replies = list(replies)  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     with Medley(f"http://127.0.0.1:{server.server_port}") as client:
         if works:
             assert client.models() == []

@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import openai
-import psutil
 import pytest
 from peft import PromptTuningConfig
 from safetensors.numpy import load_file, save_file
@@ -23,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from medley_client import ApiError, AsyncMedley
 from tests.conftest import TinyModels
 from tests.harness import greedy, load_base_for_lowering, lower_directory, make_engine, run
-from tests.live import Live, live_server
+from tests.live import Live, Sharing, live_server, wait_for
 from tests.parity.cases import Case, make_checkpoint
 from tests.parity.variants import VARIANTS, make_adapter
 from tests.tiny import tiny_tokenizer
@@ -45,10 +43,10 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def live(model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(model, tmp_path_factory.mktemp("live")) as server:
-        server.push(adapters)
-        yield server
+def live(sharing: Sharing, adapters: dict[str, Path]) -> Live:
+    server = sharing()
+    server.push(adapters)
+    return server
 
 
 def expected_tokens(model: Path, adapter: Path | None, prompt: str, count: int) -> list[int]:
@@ -84,7 +82,7 @@ def test_tenants_with_the_same_name_get_their_own_adapter(live: Live, model: Pat
 def test_openai_sdk(live: Live) -> None:
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.keys["acme"], max_retries=0)
     assert [model.id for model in client.models.list()][1:] == sorted({*NAMES, "shared-name"})
-    assert client.models.retrieve("plain").owned_by == "acme"
+    assert client.models.retrieve("plain").owned_by == live.names["acme"]
     whole = client.completions.create(
         model="plain", prompt="Hello", max_tokens=6, temperature=0, logprobs=2, extra_body={"ignore_eos": True}
     )
@@ -330,16 +328,9 @@ def test_every_route_but_the_probes_needs_a_key(live: Live) -> None:
             assert http.get(trick, headers={"host": "livez", "x-original-url": "/livez"}).status_code == 401, trick
 
 
-def running(http: httpx.Client) -> float:
+def metric(http: httpx.Client, name: str) -> float:
     lines = http.get("/metrics").text.splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("medley_requests_running "))
-
-
-def wait_for(condition: object, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def test_a_client_that_leaves_frees_its_rows(live: Live) -> None:
@@ -348,7 +339,7 @@ def test_a_client_that_leaves_frees_its_rows(live: Live) -> None:
             stream = client.generate_stream("Hello", adapter="plain", max_new_tokens=480, ignore_eos_token=True)
             next(stream)
             stream.close()
-        wait_for(lambda: running(http) == 0)
+        wait_for(lambda: metric(http, "medley_requests_running") == 0)
 
 
 def test_deleting_an_adapter_in_use_lets_it_finish(live: Live, adapters: dict[str, Path]) -> None:
@@ -363,10 +354,12 @@ def test_deleting_an_adapter_in_use_lets_it_finish(live: Live, adapters: dict[st
 
 
 def test_the_engine_may_be_killed_under_load(live: Live) -> None:
+    started = asyncio.Event()
+
     async def ask(client: AsyncMedley, adapter: str) -> str:
         try:
             async for _ in client.generate_stream("Hello", adapter=adapter, max_new_tokens=480, ignore_eos_token=True):
-                pass
+                started.set()
         except ApiError as error:
             return error.code
         return "finished"
@@ -374,44 +367,27 @@ def test_the_engine_may_be_killed_under_load(live: Live) -> None:
     async def load() -> list[str]:
         async with AsyncMedley(live.url, live.keys["acme"]) as client:
             tasks = [asyncio.create_task(ask(client, NAMES[index % 3])) for index in range(8)]
-            await asyncio.sleep(0.2)
+            await started.wait()
             live.child("server.engine.process").kill()
-            return list(await asyncio.wait_for(asyncio.gather(*tasks), 30))
+            return list(await asyncio.wait_for(asyncio.gather(*tasks), 60))
 
+    with live.http() as http:
+        before = metric(http, "medley_engine_restarts_total")
     codes = asyncio.run(load())
     assert set(codes) <= {"engine_restarting", "finished"}
     assert "engine_restarting" in codes
     with live.http() as http:
         assert http.get("/livez").status_code == 200
-        wait_for(lambda: http.get("/readyz").status_code == 200, 60)
+        wait_for(lambda: http.get("/readyz").status_code == 200)
         reply = http.post("/generate", json={"inputs": "Hello", "parameters": {"adapter_id": "plain", "max_new_tokens": 4}})
         assert reply.status_code == 200
-        assert "medley_engine_restarts_total 1.0" in http.get("/metrics").text
+        assert metric(http, "medley_engine_restarts_total") == before + 1
 
 
 def test_the_lowering_process_may_be_killed(live: Live, adapters: dict[str, Path]) -> None:
     live.child("server.adapters.lowering_process").kill()
     with live.client() as client:
         assert client.adapters.push(adapters["dora"], "after-the-kill").facts["rank"] == 4
-
-
-def test_a_signal_drains_and_exits_cleanly(model: Path, tmp_path: Path) -> None:
-    with live_server(model, tmp_path / "data") as server, server.client() as client:
-        process = next(
-            item
-            for item in psutil.process_iter(["cmdline"])
-            if "server" in (item.info["cmdline"] or []) and str(server.data_dir) in item.info["cmdline"]
-        )
-        stream = client.generate_stream("Hello", max_new_tokens=300, ignore_eos_token=True)
-        next(stream)
-        process.send_signal(signal.SIGTERM)
-        assert len(list(stream)) == 299
-        process.wait(20)
-        log = (server.data_dir / "server.log").read_text()
-    for line in log.splitlines():
-        if line.startswith("{"):
-            json.loads(line)
-    assert "Traceback" not in log
 
 
 TOY = '''
@@ -434,21 +410,37 @@ METHOD = Method("TOY", "an output scale", {**COMMON_FIELDS, "gain": number(0, 10
 '''
 
 
-def test_a_new_method_is_one_new_file(model: Path, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
+@pytest.fixture(scope="module")
+def own(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server of this module's own, with a method more; the last test ends it."""
+    directory = tmp_path_factory.mktemp("own")
     for package in ("server", "adapter_store"):
-        shutil.copytree(ROOT / package, tree / package)
-    (tree / "server" / "adapters" / "lower" / "peft" / "toy.py").write_text(TOY)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "TOY", "gain": 3.0}))
-    save_file(
-        {"base_model.model.model.layers.0.mlp.down_proj.toy_factor": np.ones(32, "f4")}, adapter / "adapter_model.safetensors"
-    )
-    with (
-        live_server(model, tmp_path / "data", env={"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}) as server,
-        server.client() as client,
-    ):
-        assert client.adapters.push(adapter, "toy").facts["method"] == "TOY"
-        ask = {"max_new_tokens": 10, "ignore_eos_token": True}
+        shutil.copytree(ROOT / package, directory / "tree" / package)
+    (directory / "tree" / "server" / "adapters" / "lower" / "peft" / "toy.py").write_text(TOY)
+    with live_server(model, directory / "data", env={"PYTHONPATH": str(directory / "tree"), "PYTHONSAFEPATH": "1"}) as server:
+        yield server
+
+
+def test_a_new_method_is_one_new_file(own: Live, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "TOY", "gain": 3.0}))
+    factor = {"base_model.model.model.layers.0.mlp.down_proj.toy_factor": np.ones(32, "f4")}
+    save_file(factor, tmp_path / "adapter_model.safetensors")
+    ask = {"max_new_tokens": 10, "ignore_eos_token": True}
+    with own.client() as client:
+        assert client.adapters.push(tmp_path, "toy").facts["method"] == "TOY"
         assert client.generate("Hello", adapter="toy", **ask).text != client.generate("Hello", **ask).text
+
+
+def test_a_signal_drains_and_exits_cleanly(own: Live) -> None:
+    process = own.process()
+    with own.client() as client:
+        stream = client.generate_stream("Hello", max_new_tokens=300, ignore_eos_token=True)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        assert len(list(stream)) == 299
+    process.wait(60)
+    log = (own.data_dir / "server.log").read_text()
+    for line in log.splitlines():
+        if line.startswith("{"):
+            json.loads(line)
+    assert "Traceback" not in log

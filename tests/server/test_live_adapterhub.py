@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from medley_client import ApiError
 from server.adapters.lower import lower
 from tests.conftest import TinyModels
 from tests.harness import greedy, load_base_for_lowering, make_engine, run
-from tests.live import Live, live_server
+from tests.live import Live, Sharing
 from tests.parity.golden import GOLDEN, read_golden, write
 from tests.tiny import tiny_tokenizer
 
@@ -27,9 +26,8 @@ def model(tiny_models: TinyModels) -> Path:
 
 
 @pytest.fixture(scope="module")
-def live(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(model, tmp_path_factory.mktemp("live")) as server:
-        yield server
+def live(sharing: Sharing) -> Live:
+    return sharing()
 
 
 def expected_tokens(model: Path, directory: Path, target: Path) -> list[int]:

@@ -87,7 +87,7 @@ async def running(*work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterat
 
 
 async def becomes(found: Callable[[], Coroutine[Any, Any, object]], wanted: object) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (now := await found()) != wanted:
         assert time.monotonic() < deadline, now
         await asyncio.sleep(0.02)

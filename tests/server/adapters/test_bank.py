@@ -173,7 +173,7 @@ class BankMachine(RuleBasedStateMachine):
 
 
 TestBankMachine = BankMachine.TestCase
-TestBankMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestBankMachine.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 def test_alignment_leaves_out_vocabularies() -> None:

@@ -79,7 +79,7 @@ def programs(draw: st.DrawFn) -> list[tuple[list[BottleneckEdit], int]]:
 
 
 @pytest.mark.parametrize("kernel", [None, lowrank_reference, lowrank_gather, lowrank_concat])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batch=programs())
 def test_packed_equals_the_reference_of_each(kernel: Kernel | None, batch: list[tuple[list[BottleneckEdit], int]]) -> None:
     bank = Bank(SPEC, capacity_bytes=1 << 20, max_slots=16, dtype=torch.float64, device=torch.device("cpu"))

@@ -147,7 +147,7 @@ def test_who_waits_for_room_looks_only_when_something_has_changed() -> None:
 USES = st.lists(st.tuples(st.integers(0, 11), st.sampled_from("abcd"), st.integers(0, 4)), max_size=60)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(uses=USES, sizes=st.lists(st.integers(1, 30), min_size=12, max_size=12), asking=st.sampled_from("abcde"))
 def test_a_tenant_within_its_share_loses_nothing_to_another(
     uses: list[tuple[int, str, int]], sizes: list[int], asking: str

@@ -18,7 +18,7 @@ def test_extents_merge_when_freed() -> None:
     assert extents.allocate(100) == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(actions=st.lists(st.tuples(st.sampled_from(["allocate", "release", "slide"]), st.integers(0, 40)), max_size=60))
 def test_whatever_happens(actions: list[tuple[str, int]]) -> None:
     extents = Extents(107, 5)

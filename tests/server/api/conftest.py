@@ -1,17 +1,13 @@
-"""A server that tests share which need no settings of their own; each uses names of its own."""
+"""Tenants of a live server that tests share which need none of their own; each uses names of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.conftest import TinyModels
-from tests.live import Live, live_server
+from tests.live import Live, Sharing
 
 
 @pytest.fixture(scope="session")
-def shared(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def shared(sharing: Sharing) -> Live:
     """On a tiny Llama, with adapters of two tenants."""
-    with live_server(tiny_models("llama"), tmp_path_factory.mktemp("shared")) as server:
-        yield server
+    return sharing()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.api.auth import DEFAULT_TENANT, Caller, Keys, new_key
+from server.api.auth import DEFAULT_TENANT, Caller, Keys, main, new_key
 from server.errors import ApiError
 
 
@@ -66,13 +66,23 @@ def test_a_broken_file_is_named(line: str, tmp_path: Path) -> None:
         Keys(file)
 
 
-def test_the_command_prints_the_key_once(tmp_path: Path) -> None:
+def test_the_command_prints_the_key_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "keys.txt"
+
+    def new(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["auth", "new", *arguments, "--file", str(file)])
+        main()
+        return capsys.readouterr().out.strip()
+
     command = [sys.executable, "-m", "server.api.auth", "new", "acme", "--file", str(file)]
     key = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert Keys(file).caller(f"Bearer {key}") == Caller("acme")
-    operator = subprocess.run([*command, "--operator"], capture_output=True, text=True, check=True).stdout.strip()
+    operator = new("acme", "--operator")
     assert Keys(file).caller(f"Bearer {operator}") == Caller("acme", is_operator=True)
     assert Keys(file).caller(f"Bearer {key}") == Caller("acme")
     assert file.stat().st_mode & 0o077 == 0
-    assert subprocess.run([*command[:4], "Not A Tenant", *command[5:]], capture_output=True).returncode == 2
+    with pytest.raises(SystemExit) as ended:
+        new("Not A Tenant")
+    assert ended.value.code == 2

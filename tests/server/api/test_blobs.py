@@ -107,11 +107,12 @@ def test_a_broken_upload_goes_on_where_it_stopped(live: Live, http_client: httpx
 
 
 def _settled(client: httpx.Client, place: str) -> int:
-    """The offset once the server has noticed that the connection is gone."""
-    found = -1
-    while found != (now := int(client.head(place).headers["upload-offset"])) or not now:
-        found = now
-        time.sleep(0.2)
+    """The offset once the server has noticed that the connection is gone: it has not changed for half a second."""
+    found, times = 0, 0
+    while not found or times < 5:
+        now = int(client.head(place).headers["upload-offset"])
+        found, times = now, times + 1 if now == found else 0
+        time.sleep(0.1)
     return found
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from server.adapters.program_file import read_program, write_program
 from server.engine.types import ProgramRef
 from tests.conftest import TinyModels
 from tests.harness import greedy, load_base_for_lowering, lower_directory, make_engine, run
-from tests.live import Live, live_server
+from tests.live import OPERATOR, Live, Sharing, wait_for
 from tests.parity.cases import Case, make_checkpoint
 from tests.tiny import tiny_tokenizer
 
@@ -49,10 +46,16 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def live(model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(model, tmp_path_factory.mktemp("live")) as server:
-        server.push(adapters)
-        yield server
+def live(sharing: Sharing) -> Live:
+    return sharing()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strangers(live: Live, adapters: dict[str, Path]) -> set[str]:
+    """Programs that the server holds for other tests; those of this module come after them."""
+    programs, _ = held(live)
+    live.push(adapters)
+    return set(programs)
 
 
 def expected(model: Path, adapters: dict[str, Path], weights: dict[str, float], drop: int, directory: Path) -> list[int]:
@@ -75,18 +78,11 @@ def composites(live: Live) -> list[Path]:
     return list(live.data_dir.glob("programs/*/*.safetensors"))
 
 
-def slots(live: Live) -> int:
-    """Programs on the device, as of the last step."""
-    with live.http() as http:
-        found = re.findall(r'^medley_adapter_slots{state="(?:used|pinned)"} (\d+)', http.get("/metrics").text, re.MULTILINE)
-    return sum(int(count) for count in found)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def held(live: Live) -> tuple[dict[str, str], int]:
+    """The states of the programs that the server holds, and how many slots of the device are in use as of the last step."""
+    with live.http(OPERATOR) as http:
+        shown = http.get("/v1/registry").json()
+    return {item["program"]: item["state"] for item in shown["programs"]}, shown["engine"]["slots"]["used"]
 
 
 @pytest.mark.parametrize("drop", [0, 1])
@@ -181,7 +177,11 @@ def test_what_does_not_add_up_is_refused(
         assert len(found["faults"]) == 2, "one for each layer"
 
 
-def test_a_deleted_part_takes_its_compositions_along(live: Live, adapters: dict[str, Path]) -> None:
+def test_a_deleted_part_takes_its_compositions_along(live: Live, adapters: dict[str, Path], strangers: set[str]) -> None:
+    def is_rid_of_all() -> bool:
+        programs, slots = held(live)
+        return programs.keys() <= strangers and slots == list(programs.values()).count("resident")
+
     with live.client() as client:
         client.adapters.push(adapters["law"], "doomed")
         for name in ("law", "short", "long"):
@@ -199,7 +199,7 @@ def test_a_deleted_part_takes_its_compositions_along(live: Live, adapters: dict[
         assert len(list(stream)) == 59
         wait_for(lambda: not made.exists())
         client.generate("Hello", max_new_tokens=2)
-        wait_for(lambda: slots(live) == 0)
+        wait_for(is_rid_of_all)
         client.adapters.push(adapters["law"], "law")
         assert client.generate("Hello", adapter={"law": 0.5, "german": 0.5}, **ASK).tokens == before.tokens
 

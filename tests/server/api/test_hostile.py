@@ -6,7 +6,6 @@ import io
 import json
 import struct
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.numpy import save
 
 from medley_client import Medley
 from tests.conftest import TinyModels
-from tests.live import Live, live_server
+from tests.live import Live, Sharing
 from tests.parity.cases import Case, make_checkpoint
 
 Files = dict[str, bytes]
@@ -43,11 +42,11 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def live(model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(model, tmp_path_factory.mktemp("hostile")) as server:
-        server.push(adapters)
-        assert push(server, "probe", probe()).status_code == 201
-        yield server
+def live(sharing: Sharing, adapters: dict[str, Path]) -> Live:
+    server = sharing()
+    server.push(adapters)
+    assert push(server, "probe", probe()).status_code == 201
+    return server
 
 
 def probe(outputs: int = 3, **config: Any) -> Files:
@@ -300,7 +299,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_body_breaks_the_routes_without_tokens(data: st.DataObject, live: Live) -> None:
     path = data.draw(st.sampled_from(("/v1/classify", "/v1/embeddings")))

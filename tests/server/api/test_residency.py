@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from peft import LoraConfig
 
 from tests.conftest import TinyModels
-from tests.live import Live, live_server
+from tests.live import Live, live_server, wait_for
 from tests.parity.cases import Case, make_checkpoint
 from tests.server.api.test_versions import answer, code, push
 
@@ -52,14 +52,14 @@ def data_dir(tiny_models: TinyModels, adapters: list[Path], program_bytes: int, 
         before = shown(http, "a0")
         assert (before["residency"], before["load_seconds"], before["pinned"], before["quarantine"]) == ({}, {}, False, None)
         answer(http, "a0")
-        until(lambda: states(http, "a0") == {"resident"})
+        wait_for(lambda: states(http, "a0") == {"resident"})
         after = shown(http, "a0")
         assert after["load_seconds"].keys() == {"host", "resident"}
         assert abs(after["last_used"] - time.time()) < 60
         pinned = http.post("/v1/adapters/a2/pin")
         assert (pinned.status_code, pinned.json()["pinned"]) == (200, True)
         assert http.post("/v1/adapters/a3@v1/pin").status_code == 200
-        until(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
+        wait_for(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
     return directory
 
 
@@ -74,13 +74,6 @@ def shown(http: httpx.Client, name: str) -> dict[str, Any]:
     return dict(http.get(f"/v1/adapters/{name}").json())
 
 
-def until(true: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.05)
-
-
 def states(http: httpx.Client, name: str) -> set[str]:
     return set(shown(http, name)["residency"].values())
 
@@ -88,7 +81,7 @@ def states(http: httpx.Client, name: str) -> set[str]:
 def test_what_is_told_of_an_adapter_outlives_the_server(live: Live) -> None:
     with live.http() as http:
         found = shown(http, "a0")
-        assert abs(found["last_used"] - time.time()) < 120
+        assert 0 < time.time() - found["last_used"] < 600
         assert shown(http, "a7")["last_used"] is None
         facts = found["facts"]
         assert (facts["method"], facts["rank"], facts["modules"]) == ("LORA", 4, ["down_proj", "q_proj"])
@@ -107,13 +100,13 @@ def test_another_tenant_does_not_learn_what_is_loaded(live: Live, adapters: list
 def test_loading_ahead(live: Live) -> None:
     with live.http() as http:
         assert http.post("/v1/adapters/a1/load").status_code == 202
-        until(lambda: states(http, "a1") <= {"host", "resident"} and bool(states(http, "a1")))
+        wait_for(lambda: states(http, "a1") <= {"host", "resident"} and bool(states(http, "a1")))
         assert shown(http, "a1")["last_used"] is None, "nobody used it"
 
 
 def test_what_is_pinned_stays(live: Live) -> None:
     with live.http() as http:
-        until(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
+        wait_for(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
         refused = http.post("/v1/adapters/a4/pin")
         assert code(refused) == (409, "pin_limit")
         assert not shown(http, "a4")["pinned"], "what was refused is not pinned"
@@ -124,16 +117,17 @@ def test_what_is_pinned_stays(live: Live) -> None:
 
 def test_pins_are_kept_and_taken_back(live: Live) -> None:
     with live.http() as http:
-        until(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
+        wait_for(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
         engine = live.child("server.engine.process")
         engine.kill()
-        until(lambda: http.get("/readyz").status_code == 503)
-        until(lambda: http.get("/readyz").status_code == 200, 60)
-        until(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
+        wait_for(lambda: http.get("/readyz").status_code == 503)
+        wait_for(lambda: http.get("/readyz").status_code == 200)
+        wait_for(lambda: states(http, "a2") == states(http, "a3") == {"resident"})
         assert http.delete("/v1/adapters/a3/pin").json()["pinned"] is False
         assert http.post("/v1/adapters/a4/pin").status_code == 200
         assert http.delete("/v1/adapters/a2").status_code == 200
-        until(lambda: http.post("/v1/adapters/a3/pin").status_code == 200)
+        wait_for(lambda: http.post("/v1/adapters/a3/pin").status_code == 200)
+        wait_for(lambda: states(http, "a3") == states(http, "a4") == {"resident"})
         for name in ("a5", "a6", "a7", "a0"):
             answer(http, name)
         assert states(http, "a3") == states(http, "a4") == {"resident"}

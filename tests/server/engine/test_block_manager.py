@@ -69,7 +69,7 @@ class BlockMachine(RuleBasedStateMachine):
 
 
 TestBlockMachine = BlockMachine.TestCase
-TestBlockMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBlockMachine.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_releasing_what_nobody_holds_is_refused() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.adapters.ir import HeadLayer, LinearEdit, Program, TaskHead
@@ -93,7 +93,7 @@ ASKED = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(asked=ASKED, caching=st.booleans(), budget=st.sampled_from([5, 16, 64]))
 def test_all_end_once_and_give_everything_back(
     asked: list[tuple[str, int, str, int, int, bool]], caching: bool, budget: int, model: Path, refs: dict[str, ProgramRef]

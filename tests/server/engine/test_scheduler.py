@@ -102,7 +102,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     requests=requests,
     num_blocks=st.integers(16, 40),
@@ -129,7 +129,7 @@ def test_everything_ends_within_its_budgets(
     assert not world.scheduler.has_work
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8)), min_size=2, max_size=4),
     max_running=st.integers(1, 6),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -121,7 +121,7 @@ def test_probes_that_are_refused(config: dict[str, Any], shapes: dict[str, tuple
     assert where in faults({**PROBE, **config}, {name: torch.ones(shape) for name, shape in shapes.items()}, bert)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_config_raises_anything_else(data: st.DataObject, bert: Base) -> None:
     config, tensors = data.draw(

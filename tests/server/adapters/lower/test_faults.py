@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -90,13 +90,13 @@ def test_overflow_and_size_are_refused(base: Base, checkpoint: Files) -> None:
 
 def test_hostile_patterns_cost_nothing(base: Base, checkpoint: Files) -> None:
     config, tensors = checkpoint
-    started = time.perf_counter()
+    started = time.process_time()
     faults({**config, "rank_pattern": {"(x+x+)+y" * 20: 4}}, tensors, base)
     faults({**config, "rank_pattern": {f"m{index}": 4 for index in range(10_000)}}, tensors, base)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250)
 @given(data=st.data())
 def test_no_config_raises_anything_else(data: st.DataObject, base: Base, checkpoint: Files) -> None:
     config, tensors = checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.adapters.faults import LoweringError
@@ -138,7 +138,7 @@ def test_a_head_beside_another_librarys_adapter_is_not_ignored(base: Base) -> No
 
 
 @pytest.mark.parametrize("case", ["seq_bn", "phm_own", "lora", "prefix", "mam", "loreft", "fusion"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(data=st.data())
 def test_no_config_raises_anything_else(case: str, data: st.DataObject, base: Base) -> None:
     checkpoint = golden(case)
@@ -155,7 +155,7 @@ def test_no_config_raises_anything_else(case: str, data: st.DataObject, base: Ba
 
 
 @pytest.mark.parametrize("case", ["phm_factors", "lora", "prefix", "loreft", "fusion"])
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(data=st.data())
 def test_no_tensor_raises_anything_else(case: str, data: st.DataObject, base: Base) -> None:
     checkpoint = golden(case)

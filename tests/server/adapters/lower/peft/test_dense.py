@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -124,7 +124,7 @@ MUTATIONS = {
 }
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(data=st.data())
 def test_nothing_raises_anything_else(data: st.DataObject, base: Base, checkpoints: dict[str, Files]) -> None:
     config, tensors = checkpoints[data.draw(st.sampled_from(sorted(checkpoints)))]

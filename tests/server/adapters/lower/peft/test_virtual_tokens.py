@@ -108,7 +108,7 @@ def test_what_no_request_that_generates_could_start_with_is_refused(
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 32, 64]), max_size=4)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(data=st.data())
 def test_no_checkpoint_raises_anything_else(data: st.DataObject, base: Base) -> None:
     name = data.draw(st.sampled_from(sorted(TENSORS)))

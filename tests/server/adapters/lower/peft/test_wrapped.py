@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -206,12 +206,12 @@ SITE = "base_model.model.model.layers.0.self_attn.q_proj"
     ids=lambda item: item.get("peft_type", "") if isinstance(item, dict) else "",
 )
 def test_small_checkpoints_of_large_programs_make_nothing(config: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert faults(config, tensors, base, max_bytes=1 << 20) == {"adapter": "program_too_large"}
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120)
 @given(data=st.data())
 def test_no_config_raises_anything_else(data: st.DataObject, base: Base, files: GetFiles) -> None:
     case: Case = CASES[data.draw(st.sampled_from(sorted(CASES)))]
