@@ -15,6 +15,10 @@ import torch
 import transformers
 from hypothesis import HealthCheck
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, which is chosen before triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from server.engine.base_dir import prepare_base
 from tests.live import Sharing, shared_server
 from tests.postgres import fresh_database, running_postgres
