@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from functools import cache
+from types import ModuleType
 
 import torch
 
@@ -24,9 +26,13 @@ def load_triton(dtype: torch.dtype, device: torch.device) -> Kernel | None:
     """The low-rank kernel for a dtype; None where PyTorch's operations do the work."""
     if not runs_triton(dtype, device):
         return None
-    from server.adapters.kernels.triton_lowrank import lowrank_triton
+    return importlib.import_module("server.adapters.kernels.triton_lowrank").lowrank_triton  # type: ignore[no-any-return]
 
-    return lowrank_triton
+
+@cache
+def load_vectors() -> ModuleType:
+    """``scale_rows`` and ``shift_rows`` in Triton, where ``runs_triton``."""
+    return importlib.import_module("server.adapters.kernels.triton_vectors")
 
 
 @cache

@@ -1,0 +1,92 @@
+"""An engine on the Triton kernels gives what an engine on the reference does: in the interpreter everywhere, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.adapters import rows
+from server.adapters.kernels import LowRankRows, lowrank_reference
+from server.adapters.kernels import triton_lowrank as lowrank
+from server.engine.kernels import GatheredAttention, choice
+from server.engine.kernels.choice import choose_kernels
+from server.engine.kernels.triton_attention import attention_triton
+from server.engine.types import BASE, Request
+from tests.conftest import TinyModels
+from tests.harness import Result, greedy, load_base_for_lowering, lower_directory, make_engine, run
+from tests.parity.variants import VARIANTS, make_adapter
+
+NAMES = ("patterns", "dora")
+
+
+def requests(base: Path, directory: Path) -> list[Request]:
+    """Requests of two programs and the base: one with a run of rows, others with single ones."""
+    spec = load_base_for_lowering(base)
+    variants = {variant.name: variant for variant in VARIANTS}
+    refs = [lower_directory(make_adapter(variants[name], "llama", base, directory / name), spec, name) for name in NAMES]
+    return [
+        greedy(f"{index}-{length}", [(index * 31 + 7 * at) % 250 + 5 for at in range(length)], ref, tokens=2)
+        for index, ref in enumerate([*refs, BASE])
+        for length in (1, 6)
+    ]
+
+
+def answers(base: Path, work: list[Request], **options: Any) -> dict[str, Result]:
+    engine = make_engine(base, "float32", **options)
+    try:
+        return run(engine, work)
+    finally:
+        engine.close()
+
+
+def same(found: dict[str, Result], expected: dict[str, Result]) -> None:
+    for name, result in expected.items():
+        assert found[name].tokens == result.tokens
+        torch.testing.assert_close(torch.stack(found[name].logits).cpu(), torch.stack(result.logits).cpu(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_takes_the_triton_kernels() -> None:
+    chosen = choose_kernels("", torch.bfloat16, torch.device("cuda"))
+    assert (chosen.low_rank, chosen.native, chosen.attention) == (lowrank.lowrank_triton, None, attention_triton)
+    plain = choose_kernels("", torch.float64, torch.device("cuda"))
+    assert plain.low_rank is None
+    assert isinstance(plain.attention, GatheredAttention)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels take no CPU tensors")
+def test_the_kernels_in_an_engine(tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_models("llama")
+    work = requests(base, tmp_path)
+    expected = answers(base, work, kernel=lowrank_reference)
+    calls = 0
+
+    def counted(y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: LowRankRows) -> None:
+        nonlocal calls
+        calls += 1
+        lowrank.lowrank_triton(y, x, down, up, index)
+
+    for module in (rows, choice):
+        monkeypatch.setattr(module, "runs_triton", lambda dtype, device: True)
+    engine = make_engine(base, "float32", kernel=counted)
+    assert engine._kernels.attention is attention_triton
+    found = run(engine, work)
+    engine.close()
+    same(found, expected)
+    assert calls
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_an_engine_on_a_gpu(tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_models("llama")
+    work = requests(base, tmp_path)
+    expected = answers(base, work, kernel=lowrank_reference)
+    launches = []
+    launch = lowrank._shrink.run
+    monkeypatch.setattr(lowrank._shrink, "run", lambda *args, **kwargs: launches.append(args) or launch(*args, **kwargs))
+    same(answers(base, work, device="cuda"), expected)
+    assert launches
