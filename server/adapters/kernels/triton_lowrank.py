@@ -5,7 +5,7 @@ segment by itself in the index that all kernels are given: nothing is built on t
 looped over as they are. Needs triton, which comes with PyTorch on GPU machines.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The kernels run compiled on a GPU; in tests without one, Triton's interpreter runs them on the CPU.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 

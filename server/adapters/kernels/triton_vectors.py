@@ -1,6 +1,6 @@
 """Vectors applied to rows on a GPU, in one kernel each. Needs triton, which comes with PyTorch on GPU machines."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 

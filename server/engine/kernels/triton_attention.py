@@ -7,7 +7,7 @@ The keys of decode rows are cut into parts of one size, whose results are joined
 A row never reads another sequence's blocks. Within a piece, a later row's NaN can reach earlier ones, which fail with it anyway.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
