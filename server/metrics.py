@@ -68,6 +68,12 @@ class Metrics:
             return name
         return "other"
 
+    def waited(self, seconds: float, tokens: int, *, is_first: bool) -> None:
+        """How long a request waited for its first token, or for its next ones, which count as evenly spaced."""
+        kind = self.first_token if is_first else self.between_tokens
+        for _ in range(tokens):
+            kind.observe(seconds / tokens)
+
     def program_event(self, event: ProgramEvent) -> None:
         """Count loads as the engine reports them."""
         if event.seconds and event.state in (ProgramState.HOST, ProgramState.RESIDENT):

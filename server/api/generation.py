@@ -244,12 +244,10 @@ class Generation:
             )
         return limit - len(token_ids)
 
-    def stream(self, call: Call) -> AsyncIterator[Delta]:
-        """Run a call. The last delta has the finish reason. Raises ApiError, before the first delta or in the middle."""
-        return self._deltas(call, streams=True)
-
-    async def _deltas(self, call: Call, *, streams: bool) -> AsyncIterator[Delta]:
-        request = Request(secrets.token_hex(16), call.prompt_token_ids, call.params, call.program, call.tenant, streams=streams)
+    async def stream(self, call: Call, *, whole: bool = False) -> AsyncIterator[Delta]:
+        """Run a call. The last delta has the finish reason; ``whole``: nobody needs the tokens before. Raises ApiError, before the first
+        delta or in the middle."""
+        request = Request(secrets.token_hex(16), call.prompt_token_ids, call.params, call.program, call.tenant, streams=not whole)
         text, stop = Detokenizer(self.tokenizer), StopText(call.stop)
         label = self._metrics.tenant(call.tenant)
         self._metrics.tokens.labels(label, "input").inc(len(call.prompt_token_ids))
@@ -260,10 +258,7 @@ class Generation:
             async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
                     now = time.monotonic()
-                    if is_first:
-                        self._metrics.first_token.observe(now - last)
-                    for _ in () if is_first else output.token_ids:
-                        self._metrics.between_tokens.observe((now - last) / len(output.token_ids))
+                    self._metrics.waited(now - last, 1 if is_first else len(output.token_ids), is_first=is_first)
                     last, is_first = now, False
                     made.inc(len(output.token_ids))
                     if output.error is not None:
@@ -297,7 +292,7 @@ class Generation:
     async def complete(self, call: Call) -> Completion:
         """Run a call to its end. Only stop strings have to be looked for in every token as it comes."""
         completion = Completion()
-        async with aclosing(self._deltas(call, streams=bool(call.stop))) as deltas:  # type: ignore[type-var]
+        async with aclosing(self.stream(call, whole=not call.stop)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
                 completion.add(delta)
         return completion

@@ -2,7 +2,7 @@
 
 Knows tokens and seconds, nothing of sequences. What a step takes has a part that its prompts' tokens do not explain (decodes, reading the
 weights), so that seconds by tokens depend on how many tokens there were. They are measured anew at each size that they lead to: the sizes
-settle where steps take the wanted time, or at the smallest where decodes alone take longer.
+settle where steps take the wanted time, or at the smallest where decodes alone take about as long.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class Pacing:
         self._seconds = self._seconds * _KEPT + seconds
 
     def budget(self, decodes: int) -> int:
-        """Tokens for the next step, its decodes included. Prompts get ``smallest`` whatever the time, so that they always proceed."""
+        """Tokens for the next step, its decodes included. Prompts get ``smallest`` whatever the time, and as many as there are decodes:
+        so they always proceed, and a step takes about twice what its decodes take when there is no time for more."""
         if not self._seconds:
             return self._largest
         fitting = int(self._target_s * self._tokens / self._seconds)
-        return min(max(fitting, decodes + self._smallest), self._largest)
+        return min(max(fitting, decodes + max(self._smallest, decodes)), self._largest)

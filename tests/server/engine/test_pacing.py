@@ -25,6 +25,7 @@ def test_a_budget_is_within_its_bounds_and_prompts_always_proceed(
         paced.observe(tokens, seconds)
     budget = paced.budget(decodes)
     assert min(decodes + SMALLEST, LARGEST) <= budget <= LARGEST
+    assert budget >= min(2 * decodes, LARGEST)
     assert budget == paced.budget(decodes)
 
 
@@ -66,7 +67,8 @@ def test_decodes_that_take_too_long_by_themselves_leave_the_smallest_share() -> 
     for _ in range(50):
         tokens = paced.budget(32)
         paced.observe(tokens, 0.3 + 0.002 * tokens)
-    assert paced.budget(32) == 32 + SMALLEST
+    assert paced.budget(32) == 32 + 32
+    assert paced.budget(3) == 3 + SMALLEST
 
 
 def test_nothing_known_allows_everything() -> None:
