@@ -59,7 +59,7 @@ def test_it_settles_at_the_wanted_time_and_again_when_the_machine_changes(
             seconds = (fixed_s + token_s * tokens) * speed
             paced.observe(tokens, seconds)
         at_the_end = tokens in (decodes + SMALLEST, LARGEST)
-        assert at_the_end or seconds == pytest.approx(0.25, abs=0.01 + token_s)
+        assert at_the_end or seconds == pytest.approx(0.25, abs=0.01 + 2 * token_s)
 
 
 def test_decodes_that_take_too_long_by_themselves_leave_the_smallest_share() -> None:
