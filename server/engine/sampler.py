@@ -132,7 +132,7 @@ def best(logits: Tensor) -> Tensor:
     vocab = logits.shape[1]
     if vocab % _PART:
         return logits.argmax(-1)
-    parts = logits.unflatten(1, (-1, _PART))
+    parts = logits.reshape(logits.shape[0], -1, _PART)
     part = parts.amax(-1).argmax(-1)
     return part * _PART + parts[torch.arange(logits.shape[0], device=logits.device), part].argmax(-1)
 
@@ -142,7 +142,7 @@ def _draw(scaled: Tensor, draws: list[float]) -> list[int]:
     vocab, device = scaled.shape[1], scaled.device
     if vocab % _PART:
         return _at(torch.softmax(scaled, dim=-1, dtype=torch.float64), draws).tolist()
-    shares = torch.softmax(scaled, dim=-1).unflatten(1, (-1, _PART))
+    shares = torch.softmax(scaled, dim=-1).reshape(scaled.shape[0], -1, _PART)
     sums = shares.sum(-1).double()
     behind = torch.cumsum(sums, dim=-1)
     goals = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * behind[:, -1:]
