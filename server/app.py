@@ -196,6 +196,13 @@ def pick_dtype(wanted: str) -> str:
         return "float32"
 
 
+def _step_target_ms(settings: Settings) -> int:
+    """A CPU needs about 2 ms for each of a prompt's tokens, so that shorter steps would cut prompts into slivers."""
+    if settings.step_target_ms is not None:
+        return settings.step_target_ms
+    return 250 if settings.device == "cpu" else 50
+
+
 def _engine_settings(settings: Settings, base: BaseDir, dtype: str) -> EngineSettings:
     return EngineSettings(
         model_dir=str(base.path),
@@ -206,6 +213,7 @@ def _engine_settings(settings: Settings, base: BaseDir, dtype: str) -> EngineSet
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_bytes,
         max_batch_tokens=settings.max_batch_tokens,
+        step_target_s=_step_target_ms(settings) / 1000,
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         bank_bytes=settings.bank_bytes,

@@ -34,6 +34,7 @@ class Settings:
     max_model_len: int | None
     kv_cache_bytes: int
     max_batch_tokens: int
+    step_target_ms: int | None
     max_running: int
     max_waiting: int
     bank_bytes: int
@@ -101,6 +102,13 @@ TABLE = (
     ),
     Setting("kv_cache_bytes", "1GiB", "bytes", "Memory for K/V blocks."),
     Setting("max_batch_tokens", "1024", "count", "Most tokens in one step; long prompts are cut into such pieces."),
+    Setting(
+        "step_target_ms",
+        "",
+        "count",
+        "How long a step may take, with others' prompts in it, while a stream waits for its next token; 0: as long as they take. "
+        "Unset: 250 on a CPU, 50 on other devices.",
+    ),
     Setting("max_running", "64", "count", "Most sequences in one step."),
     Setting("max_waiting", "512", "count", "Most sequences that wait; beyond it requests get 429 with Retry-After."),
     Setting("bank_bytes", "1GiB", "bytes", "Memory for adapters that are resident on the device."),

@@ -39,7 +39,10 @@ class Metrics:
             "medley_time_to_first_token_seconds", "From submission to the first token.", buckets=_LATENCY, registry=registry
         )
         self.between_tokens = Histogram(
-            "medley_inter_token_latency_seconds", "Between tokens of a sequence.", buckets=_LATENCY, registry=registry
+            "medley_inter_token_latency_seconds",
+            "Between tokens of a sequence; their mean where the reply is not streamed.",
+            buckets=_LATENCY,
+            registry=registry,
         )
         self.tokens = Counter("medley_tokens", "Tokens by tenant and direction.", ["tenant", "direction"], registry=registry)
         self.rejections = Counter("medley_rejections", "Requests refused, by error code.", ["reason"], registry=registry)
@@ -64,6 +67,12 @@ class Metrics:
             self._tenants.add(name)
             return name
         return "other"
+
+    def waited(self, seconds: float, tokens: int, *, is_first: bool) -> None:
+        """How long a request waited for its first token, or for its next ones, which count as evenly spaced."""
+        kind = self.first_token if is_first else self.between_tokens
+        for _ in range(tokens):
+            kind.observe(seconds / tokens)
 
     def program_event(self, event: ProgramEvent) -> None:
         """Count loads as the engine reports them."""

@@ -10,6 +10,9 @@ from jinja2.exceptions import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
+MOST_UNFINISHED = 32
+"""Tokens after which what is still no whole character never becomes one. A character has at most four bytes, seldom a token each."""
+
 
 class TokenizerError(Exception):
     """The text or the messages cannot be turned into tokens; the message is fit for the caller."""
@@ -23,27 +26,32 @@ class Tokenizer:
         if not loaded.is_fast:
             raise TokenizerError(f"{directory} has no fast tokenizer (tokenizer.json)")
         self._tokenizer = loaded
-        self._backend = loaded.backend_tokenizer
+        self.backend = loaded.backend_tokenizer
         # tokenizer.json may ask for them, and would then change what a caller sent.
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self._special = frozenset(loaded.all_special_ids)
+        self._unseen = frozenset(index for index, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         # encode() would hold the interpreter's lock all the time, for seconds on a long text; a batch of one lets others run.
-        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        (found,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
         """One token on its own, special tokens shown; bytes that are no whole character come as U+FFFD."""
-        return str(self._backend.decode([token_id], skip_special_tokens=False))
+        return str(self.backend.decode([token_id], skip_special_tokens=False))
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
+
+    def is_unseen(self, token_id: int) -> bool:
+        """Whether texts leave the token out."""
+        return token_id in self._unseen
 
     def chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation in the base's own template, with the assistant's turn opened. Raises TokenizerError.
@@ -63,12 +71,25 @@ class Detokenizer:
     """The text of one sequence as its tokens arrive: only whole characters, each once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = tokenizer._backend
+        self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._unfinished: list[int] = []
 
     def add(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is unfinished."""
-        return self._stream.step(self._backend, token_id) or ""
+        """The text that this token completes; empty while a character is unfinished.
+
+        The library decodes everything since the last whole character again with each token. So it is not told of tokens that texts leave
+        out, and is given up on after MOST_UNFINISHED tokens that make no character: those are shown as U+FFFD.
+        """
+        if self._tokenizer.is_unseen(token_id):
+            return ""
+        text = self._stream.step(self._tokenizer.backend, token_id) or ""
+        self._unfinished = [] if text else [*self._unfinished, token_id]
+        if len(self._unfinished) < MOST_UNFINISHED:
+            return text
+        text, self._unfinished = self._tokenizer.decode(self._unfinished), []
+        self._stream = DecodeStream(skip_special_tokens=True)
+        return text
 
 
 class StopText:

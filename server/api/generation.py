@@ -244,21 +244,23 @@ class Generation:
             )
         return limit - len(token_ids)
 
-    async def stream(self, call: Call) -> AsyncIterator[Delta]:
-        """Run a call. The last delta has the finish reason. Raises ApiError, before the first delta or in the middle."""
-        request = Request(secrets.token_hex(16), call.prompt_token_ids, call.params, call.program, call.tenant)
+    async def stream(self, call: Call, *, whole: bool = False) -> AsyncIterator[Delta]:
+        """Run a call. The last delta has the finish reason; ``whole``: nobody needs the tokens before. Raises ApiError, before the first
+        delta or in the middle."""
+        request = Request(secrets.token_hex(16), call.prompt_token_ids, call.params, call.program, call.tenant, streams=not whole)
         text, stop = Detokenizer(self.tokenizer), StopText(call.stop)
         label = self._metrics.tenant(call.tenant)
         self._metrics.tokens.labels(label, "input").inc(len(call.prompt_token_ids))
+        made = self._metrics.tokens.labels(label, "output")
         last = started = time.monotonic()
         is_first = True
         try:
             async with aclosing(self._engine.submit(request)) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
                     now = time.monotonic()
-                    (self._metrics.first_token if is_first else self._metrics.between_tokens).observe(now - last)
+                    self._metrics.waited(now - last, 1 if is_first else len(output.token_ids), is_first=is_first)
                     last, is_first = now, False
-                    self._metrics.tokens.labels(label, "output").inc(len(output.token_ids))
+                    made.inc(len(output.token_ids))
                     if output.error is not None:
                         raise self._failure(call.tenant, call.program, output.error, started)
                     delta = self._delta(output, text, stop)
@@ -288,9 +290,9 @@ class Generation:
         raise ApiError("internal_error", "the request ended without a result")
 
     async def complete(self, call: Call) -> Completion:
-        """Run a call to its end."""
+        """Run a call to its end. Only stop strings have to be looked for in every token as it comes."""
         completion = Completion()
-        async with aclosing(self.stream(call)) as deltas:  # type: ignore[type-var]
+        async with aclosing(self.stream(call, whole=not call.stop)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
                 completion.add(delta)
         return completion

@@ -148,6 +148,12 @@ async def _chunks(
 
 async def _merged(generation: Generation, found: list[Choice]) -> AsyncIterator[tuple[int, Delta]]:
     """The deltas of several streams, as they come. The first error ends them all."""
+    if len(found) == 1:
+        # Most replies have one choice, which needs no task and no queue of its own.
+        async with aclosing(generation.stream(found[0].call)) as only:  # type: ignore[type-var]
+            async for delta in only:
+                yield 0, delta
+        return
     queue: asyncio.Queue[tuple[int, Delta | ApiError]] = asyncio.Queue()
 
     async def pump(index: int, call: Call) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from starlette.responses import StreamingResponse
 
 from server.errors import ApiError
 
-DONE = "data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
+_ENCODER = msgspec.json.Encoder()
 
 
-def event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def event(data: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % _ENCODER.encode(data)
 
 
 async def respond(
@@ -27,7 +28,7 @@ async def respond(
     except StopAsyncIteration:
         first = None
 
-    async def body() -> AsyncIterator[str]:
+    async def body() -> AsyncIterator[bytes]:
         async with aclosing(events) as rest:  # type: ignore[type-var]
             try:
                 if first is not None:

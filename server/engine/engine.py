@@ -14,6 +14,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.kv_cache import KVCache
 from server.engine.lifecycle import NON_FINITE, Lifecycle
 from server.engine.model import DTYPES, BaseModel
+from server.engine.pacing import Pacing
 from server.engine.pooling import Pooled
 from server.engine.runner import Runner, StepResult
 from server.engine.sampler import log_probabilities, sample
@@ -54,12 +55,15 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
             dtype=DTYPES[settings.dtype],
             device=self._device,
         )
+        self._clock = clock
+        self._pacing = _pacing(settings)
         self.scheduler = Scheduler(
             self.blocks,
             max_running=settings.max_running,
             max_batch_tokens=settings.max_batch_tokens,
             pin=self._programs.pin,
             unpin=self._programs.unpin,
+            pacing=self._pacing,
         )
         kernels = self._kernels
         self._runner = Runner(base, self._cache, self.bank, kernel=kernels.low_rank, attention=kernels.attention)
@@ -97,6 +101,12 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
         schedule = self.scheduler.schedule()
         self._cache.zero(schedule.new_blocks)
         return schedule.items
+
+    def _run(self, work: list[Scheduled]) -> None:
+        started = self._clock()
+        super()._run(work)
+        if self._pacing is not None and any(item.count > 1 for item in work):
+            self._pacing.observe(sum(item.count for item in work), self._clock() - started)
 
     def _compute(self, work: list[Scheduled]) -> tuple[Batch, StepResult]:
         batch = pack(work, self.blocks.block_size, self._device)
@@ -159,15 +169,20 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
         reason = FinishReason.STOP if stops else None
         if not stops:
             sequence.token_ids.append(token)
+            if logprob is not None:
+                sequence.untold_logprobs.append(logprob)
             self._counters["generated_tokens"] += 1
             if sequence.num_output >= params.max_tokens or sequence.num_tokens >= self.info.max_model_len:
                 reason = FinishReason.LENGTH
         if is_first:
             self._counters["cached_tokens"] += sequence.num_cached
+        if reason is None and not is_first and not sequence.request.streams:
+            return
+        tokens, logprobs = sequence.take_untold()
         output = RequestOutput(
             request_id=sequence.request.request_id,
-            token_ids=() if stops else (token,),
-            logprobs=() if stops or logprob is None else (logprob,),
+            token_ids=tokens,
+            logprobs=logprobs,
             prompt_logprobs=(None, *sequence.prompt_logprobs) if is_first and sequence.wants_prompt_logprobs else None,
             num_cached_tokens=sequence.num_cached,
             finish_reason=reason,
@@ -178,6 +193,12 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
             self._outputs.append(output)
         else:
             self._end(sequence, output)
+
+
+def _pacing(settings: EngineSettings) -> Pacing | None:
+    if not settings.step_target_s:
+        return None
+    return Pacing(settings.step_target_s, smallest=settings.block_size, largest=settings.max_batch_tokens)
 
 
 def _num_blocks(settings: EngineSettings, base: BaseModel, longest: int) -> int:

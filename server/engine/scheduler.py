@@ -1,8 +1,9 @@
 """Who runs in the next step, and with how many tokens. Policy only: standard library, no tensors.
 
 Continuous batching without phases: every running sequence gets the tokens it lacks, under one token budget; those that lack
-one token (decodes) come first, so that a long prompt never stalls them. Waiting sequences join in the order of the fair queue. When
-blocks run out, the sequence that joined last gives all of its blocks back and is computed again later.
+one token (decodes) come first. While a reader waits for one of them, ``Pacing`` says how much of the budget prompts may use beside them, so
+that a long prompt does not stall them. Waiting sequences join in the order of the fair queue. When blocks run out, the sequence that joined
+last gives all of its blocks back and is computed again later.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from server.engine.block_manager import BlockManager
 from server.engine.fair_queue import INPUT_PRICE, OUTPUT_PRICE, FairQueue
+from server.engine.pacing import Pacing
 from server.engine.sequence import Sequence, SequenceState
 
 
@@ -60,7 +62,7 @@ class Scheduler:
     """Queues and the policy over them. ``pin`` and ``unpin`` ask the bank for a sequence's program.
 
     ``pin(sequence)`` sets ``sequence.slot`` and returns True, or returns False when no room can be made now;
-    ``unpin(sequence)`` gives the slot back.
+    ``unpin(sequence)`` gives the slot back. Without ``pacing`` every step has the whole ``max_batch_tokens``.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Scheduler:
         max_batch_tokens: int,
         pin: Callable[[Sequence], bool],
         unpin: Callable[[Sequence], None],
+        pacing: Pacing | None = None,
     ) -> None:
         self.blocks = blocks
         self.running: list[Sequence] = []
@@ -78,6 +81,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._pin = pin
         self._unpin = unpin
+        self._pacing = pacing
         self._waiting = FairQueue()
         self.num_preemptions = 0
 
@@ -106,9 +110,9 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Choose the next step's work and take the blocks for it."""
         schedule = Schedule()
-        budget = self._max_batch_tokens
+        budget = self._budget()
         # Decodes first; a stable sort keeps the order of joining, which is also the order of protection from preemption.
-        for sequence in sorted(self.running, key=lambda item: item.num_tokens - item.num_computed > 1):
+        for sequence in sorted(self.running, key=lambda item: not item.is_decode):
             if sequence.state is not SequenceState.RUNNING or budget == 0:
                 continue
             count = min(sequence.num_tokens - sequence.num_computed, budget)
@@ -120,6 +124,13 @@ class Scheduler:
         for item in schedule.items:
             self._charge(item)
         return schedule
+
+    def _budget(self) -> int:
+        """All of the tokens that a step may have, unless a reader would wait for it."""
+        decodes = [sequence for sequence in self.running if sequence.is_decode]
+        if self._pacing is None or not any(sequence.request.streams for sequence in decodes):
+            return self._max_batch_tokens
+        return self._pacing.budget(len(decodes))
 
     def _grow(self, sequence: Sequence, count: int, schedule: Schedule) -> bool:
         """Get blocks for ``count`` more tokens, preempting the youngest until it fits. False: ``sequence`` itself had to go."""

@@ -34,6 +34,7 @@ class Sequence:
     that index is the base's. The first ``num_prologue_kv`` of the ``num_prologue`` pseudo-tokens are never computed: their K/V is the
     program's own. ``slot`` is the bank slot while running, 0 for the base. ``head_pooling`` is how the program's classifier reads hidden
     states ("" without one), ``pooling`` how this sequence's are read, and ``pooled`` what they have come to so far: the runner's value.
+    ``num_told`` tokens of the output have been told to who asked; ``untold_logprobs`` belong to those that have not.
     """
 
     __slots__ = (
@@ -47,6 +48,7 @@ class Sequence:
         "num_prologue",
         "num_prologue_kv",
         "num_registered",
+        "num_told",
         "order",
         "pooled",
         "pooling",
@@ -58,6 +60,7 @@ class Sequence:
         "slot",
         "state",
         "token_ids",
+        "untold_logprobs",
     )
 
     def __init__(self, request: Request, order: int) -> None:
@@ -71,6 +74,8 @@ class Sequence:
         self.num_computed = 0
         self.num_cached = 0
         self.num_registered = 0
+        self.num_told = 0
+        self.untold_logprobs: list[TokenLogprob] = []
         self.block_table: list[int] = []
         self.hashes: list[bytes] = []
         self.active_from = 0
@@ -103,6 +108,11 @@ class Sequence:
         return self.num_tokens - self.num_prologue_kv
 
     @property
+    def is_decode(self) -> bool:
+        """Whether one token is missing, as after each token that was made."""
+        return self.num_tokens - self.num_computed == 1
+
+    @property
     def num_prompt(self) -> int:
         """The kv index after the prompt."""
         return self.num_prologue + len(self.request.prompt_token_ids)
@@ -115,6 +125,14 @@ class Sequence:
     def output_ids(self) -> list[int]:
         """The tokens made so far."""
         return self.token_ids[len(self.request.prompt_token_ids) :]
+
+    def take_untold(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+        """Tokens of the output since the last call, and their log-probabilities where they are asked for."""
+        tokens = tuple(self.token_ids[len(self.request.prompt_token_ids) + self.num_told :])
+        logprobs = tuple(self.untold_logprobs)
+        self.num_told += len(tokens)
+        self.untold_logprobs.clear()
+        return tokens, logprobs
 
     @property
     def wants_prompt_logprobs(self) -> bool:

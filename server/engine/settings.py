@@ -14,8 +14,9 @@ class EngineSettings:
     """Sizes are bytes unless named otherwise; ``max_model_len`` None takes the model's own limit.
 
     ``max_batch_tokens`` bounds the tokens of one step, ``max_running`` the sequences in it, ``max_waiting`` the queue before
-    it. ``bank_bytes`` bounds resident programs on the device and ``max_slots`` their number, ``host_bytes`` those kept ready in host memory.
-    ``threads`` 0 leaves the choice to PyTorch. ``kernel_dir`` keeps compiled kernels; empty: none are built.
+    it. While somebody waits for the next token of a stream, prompts get as many tokens as keep a step within ``step_target_s`` seconds;
+    0 gives them all of the budget. ``bank_bytes`` bounds resident programs on the device and ``max_slots`` their number, ``host_bytes``
+    those kept ready in host memory. ``threads`` 0 leaves the choice to PyTorch. ``kernel_dir`` keeps compiled kernels; empty: none are built.
     """
 
     model_dir: str
@@ -27,6 +28,7 @@ class EngineSettings:
     kv_cache_bytes: int = 1 << 30
     block_size: int = 16
     max_batch_tokens: int = 1024
+    step_target_s: float = 0.0
     max_running: int = 64
     max_waiting: int = 1024
     bank_bytes: int = 1 << 30

@@ -72,7 +72,10 @@ BASE = ProgramRef()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to compute. ``tenant`` owns the fairness counter and salts the prefix cache. ``params`` count when generating only."""
+    """One sequence to compute. ``tenant`` owns the fairness counter and salts the prefix cache. ``params`` count when generating only.
+
+    ``streams``: somebody reads the tokens as they are made. Otherwise they come together at the end, but for the first one.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -80,6 +83,7 @@ class Request:
     program: ProgramRef = BASE
     tenant: str = ""
     task: Task = Task.GENERATE
+    streams: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,7 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one step made for one request. ``finish_reason`` is set exactly once, on the last output.
+    """What was made for one request since its last output. ``finish_reason`` is set exactly once, on the last output.
 
     ``logprobs`` is parallel to ``token_ids`` when asked for. ``prompt_logprobs`` comes once, with the first token: None for
     the first prompt token. ``stop_token_id`` is the end token that was hit; it is not in ``token_ids``, nor ``stop_logprob`` in

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.tokenizer import Detokenizer, StopText, Tokenizer, TokenizerError
+from server.tokenizer import MOST_UNFINISHED, Detokenizer, StopText, Tokenizer, TokenizerError
 from tests.conftest import TinyModels
 
 
@@ -29,6 +29,25 @@ def test_special_tokens_are_not_shown(tokenizer: Tokenizer) -> None:
     assert "".join(stream.add(token) for token in ids) == "ab"
     assert tokenizer.is_special(2)
     assert tokenizer.token_text(2) == "<eos>"
+
+
+def test_bytes_that_never_become_a_character_are_shown_as_such(tokenizer: Tokenizer) -> None:
+    """And what is held back meanwhile, which every further token costs again, stays short."""
+    (first, *_) = tokenizer.encode("é")
+    stream = Detokenizer(tokenizer)
+    for token in [*tokenizer.encode("a"), *[first] * 10 * MOST_UNFINISHED]:
+        stream.add(token)
+        assert len(stream._unfinished) < MOST_UNFINISHED
+    assert stream.add(*tokenizer.encode("b")) == "b"
+    stream = Detokenizer(tokenizer)
+    parts = [stream.add(token) for token in [first] * MOST_UNFINISHED]
+    assert parts == [""] * (MOST_UNFINISHED - 1) + ["\ufffd" * MOST_UNFINISHED]
+
+
+def test_a_character_behind_many_special_tokens_is_whole(tokenizer: Tokenizer) -> None:
+    first, second = tokenizer.encode("é")
+    stream = Detokenizer(tokenizer)
+    assert [stream.add(token) for token in [first, *[2] * 10 * MOST_UNFINISHED, second]][-1] == "é"
 
 
 @given(

@@ -14,6 +14,7 @@ from server.engine.runner import StepResult
 from server.engine.types import FinishReason, ProgramRef, Request, SamplingParams
 from tests.conftest import TinyModels
 from tests.harness import greedy, make_engine, run
+from tests.server.engine.stepping import Clock
 from tests.tiny import VOCAB
 
 PROMPT = [9, 200, 31, 77]
@@ -179,3 +180,64 @@ def test_causality(engine: Engine) -> None:
             outputs += engine.step()
         tables[name] = outputs[0].prompt_logprobs
     assert tables["one"][: len(PROMPT)] == tables["two"][: len(PROMPT)]  # type: ignore[index]
+
+
+def test_tokens_that_nobody_reads_as_they_come_are_told_together(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=1)
+    engine.add(Request("read", tuple(PROMPT), params))
+    engine.add(Request("whole", tuple(PROMPT), params, streams=False))
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    read, whole = ([output for output in outputs if output.request_id == name] for name in ("read", "whole"))
+    assert [len(output.token_ids) for output in read] == [1] * 12
+    assert [len(output.token_ids) for output in whole] == [1, 11]
+    assert [output.finish_reason for output in whole] == [None, FinishReason.LENGTH]
+    for name in ("token_ids", "logprobs"):
+        joined = [sum((getattr(output, name) for output in found), ()) for found in (read, whole)]
+        assert joined[0] == joined[1]
+
+
+def test_a_stop_token_ends_what_is_told_together(engine: Engine) -> None:
+    plain = ask(engine, temperature=0)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=0, stop_token_ids=(plain[-1],))
+    engine.add(Request("x", tuple(PROMPT), params, streams=False))
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    last, end = outputs[-1], plain.index(plain[-1])
+    assert sum((output.token_ids for output in outputs), ()) == tuple(plain[:end])
+    assert len(last.logprobs) == len(last.token_ids)
+    assert (last.finish_reason, last.stop_token_id) == (FinishReason.STOP, plain[-1])
+    assert last.stop_logprob is not None
+
+
+def test_prompts_beside_a_stream_are_cut_as_the_steps_time_says(tiny_models: TinyModels) -> None:
+    """A machine that takes a 64th of a second for a token, told to keep steps within 20 of them; what is computed does not depend on the cuts."""
+    clock, counts = Clock(), []
+
+    def run_slowly(batch: Batch) -> StepResult:
+        counts.append([item.count for item in batch.items])
+        clock.now += sum(counts[-1]) / 64
+        return compute(batch)
+
+    engine = make_engine(tiny_models("llama"), "float64", max_batch_tokens=128, step_target_s=20 / 64, clock=clock)
+    compute = engine._runner.run
+    engine._runner.run = run_slowly  # type: ignore[method-assign]
+    requests = [greedy("stream", PROMPT, tokens=12), greedy("long", [5, 6, 7, 8] * 20, tokens=2)]
+    paced = run_joining(engine, requests)
+    assert counts[:7] == [[4], [1, 19], [1, 19], [1, 19], [1, 19], [1, 4], [1, 1]]
+    whole = run(make_engine(tiny_models("llama"), "float64", max_batch_tokens=128), requests)
+    assert paced == {name: result.tokens for name, result in whole.items()}
+
+
+def run_joining(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+    """Tokens of requests that come a step after one another."""
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    waiting = list(requests)
+    while waiting or engine.has_unfinished:
+        if waiting:
+            engine.add(waiting.pop(0))
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+    return tokens

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.block_manager import BlockManager
+from server.engine.pacing import Pacing
 from server.engine.scheduler import INPUT_PRICE, OUTPUT_PRICE, Schedule, Scheduler
 from server.engine.sequence import Sequence, SequenceState
 from server.engine.types import BASE, ProgramRef, Request, SamplingParams
@@ -13,11 +14,20 @@ from server.engine.types import BASE, ProgramRef, Request, SamplingParams
 BLOCK = 4
 
 
-def make(request_id: str, prompt: int, tokens: int, tenant: str, order: int, prologue: tuple[int, int] = (0, 0)) -> Sequence:
+def make(
+    request_id: str,
+    prompt: int,
+    tokens: int,
+    tenant: str,
+    order: int,
+    prologue: tuple[int, int] = (0, 0),
+    *,
+    streams: bool = True,
+) -> Sequence:
     """A sequence; with a prologue it has the program that is named after it."""
     params = SamplingParams(max_tokens=tokens)
     program = ProgramRef(f"{prologue}", "file") if any(prologue) else BASE
-    sequence = Sequence(Request(request_id, tuple(range(5, 5 + prompt)), params, program, tenant), order)
+    sequence = Sequence(Request(request_id, tuple(range(5, 5 + prompt)), params, program, tenant, streams=streams), order)
     sequence.start_with(*prologue, sum(prologue))
     return sequence
 
@@ -28,13 +38,20 @@ class Simulation:
     ``memory`` stands for the K/V: what was computed or copied at (block, offset), told by everything that it depends on.
     """
 
-    def __init__(self, *, num_blocks: int, max_running: int, max_batch_tokens: int, slots: int = 100) -> None:
+    def __init__(
+        self, *, num_blocks: int, max_running: int, max_batch_tokens: int, slots: int = 100, pacing: Pacing | None = None
+    ) -> None:
         self.blocks = BlockManager(num_blocks, BLOCK)
         self.slots = slots
         self.pinned: set[str] = set()
         self.budget, self.max_running = max_batch_tokens, max_running
         self.scheduler = Scheduler(
-            self.blocks, max_running=max_running, max_batch_tokens=max_batch_tokens, pin=self._pin, unpin=self._unpin
+            self.blocks,
+            max_running=max_running,
+            max_batch_tokens=max_batch_tokens,
+            pin=self._pin,
+            unpin=self._unpin,
+            pacing=pacing,
         )
         self.served: dict[str, int] = {}
         self.finished: list[str] = []
@@ -160,6 +177,43 @@ def test_decodes_come_before_long_prompts() -> None:
     for _ in range(5):
         schedule = world.step()
         assert [item.count for item in schedule.items] == [1, 7]
+
+
+def test_prompts_are_paced_while_a_reader_waits_for_a_token() -> None:
+    pacing = Pacing(1.0, smallest=BLOCK, largest=64)
+    pacing.observe(64, 6.4)  # ten tokens a second are wanted
+    for streams, counts in ((True, [9, 9, 9, 9, 4]), (False, [40])):
+        world = Simulation(num_blocks=200, max_running=8, max_batch_tokens=64, pacing=pacing)
+        world.scheduler.add(make("reader", 2, 50, "a", 1, streams=streams))
+        world.step()
+        world.scheduler.add(make("long", 40, 1, "b", 2))
+        assert [[item.count for item in world.step().items][1:] for _ in counts] == [[count] for count in counts]
+
+
+def test_without_a_decode_prompts_have_the_whole_budget() -> None:
+    pacing = Pacing(1.0, smallest=BLOCK, largest=64)
+    pacing.observe(64, 6.4)
+    world = Simulation(num_blocks=200, max_running=8, max_batch_tokens=64, pacing=pacing)
+    for order in range(3):
+        world.scheduler.add(make(str(order), 20, 5, "a", order))
+    assert [item.count for item in world.step().items] == [20, 20, 20]
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests=requests, budget=st.integers(1, 40), token_s=st.floats(0.001, 1.0))
+def test_everything_ends_however_slow_the_machine(
+    requests: list[tuple[int, int, str, int, tuple[int, int]]], budget: int, token_s: float
+) -> None:
+    pacing = Pacing(0.1, smallest=BLOCK, largest=budget)
+    world = Simulation(num_blocks=40, max_running=8, max_batch_tokens=budget, pacing=pacing)
+    for index, (prompt, tokens, tenant, _, prologue) in enumerate(requests):
+        world.scheduler.add(make(str(index), prompt, tokens, tenant, index, prologue))
+    for _ in range(3000):
+        schedule = world.step()
+        if not schedule.items:
+            break
+        pacing.observe(schedule.num_tokens, schedule.num_tokens * token_s)
+    assert sorted(world.finished) == sorted(str(index) for index in range(len(requests)))
 
 
 def test_a_sequence_that_cannot_be_pinned_does_not_block_others() -> None:
