@@ -108,5 +108,5 @@ def _finite_items(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[bool, .
 
 
 def _finite_rows(values: Tensor) -> Tensor:
-    """Which rows of ``(n, width)`` hold no NaN and no infinity: any of them shows in the sum, and so do numbers too large to be added up."""
-    return torch.isfinite(values.sum(-1, dtype=torch.promote_types(values.dtype, torch.float32)))
+    """Which rows of ``(n, width)`` hold no NaN and no infinity: extremes carry both. (One by one, because ``aminmax`` takes ten times as long.)"""
+    return torch.isfinite(values.amin(-1)) & torch.isfinite(values.amax(-1))
