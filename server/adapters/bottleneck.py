@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.adapters.activations import ACTIVATIONS
-from server.adapters.apply import LowRankWork, Placed, StepEdits
+from server.adapters.apply import Placed, StepEdits
 from server.adapters.bank import Bank, Resident
 from server.adapters.ir import BottleneckEdit, FusionEdit, Placement
+from server.adapters.linear import LowRankWork
 from server.adapters.packed import BottleneckLayout, SiteLayout
 from server.adapters.rows import NORM_EPS, VectorRows, add_rows, norm_rows, pick, row_index, shift_rows
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from server.adapters.activations import ACTIVATIONS
-from server.adapters.apply import LONG_RUN, StepEdits, add_linear_terms, add_pairs, rotate_rows
+from server.adapters.apply import LONG_RUN, StepEdits
 from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec, Sublayer
 from server.adapters.bottleneck import Streams, SublayerResult, SublayerWork, run_sublayer, sublayer_work
-from server.adapters.rows import VirtualRows, scale_rows, shift_rows
+from server.adapters.rows import VirtualRows
 
 Replaced = tuple[int, int, Tensor]
 """Rows ``[start, end)`` of a site's output are these instead: (start, end, rows)."""
@@ -146,18 +146,8 @@ class LinearSite(Site):
         work = edits.linear(self.spec.name, self.spec.in_features, self.spec.out_features)
         if work is None:
             return self.inner(x)  # type: ignore[no-any-return]
-        vectors = self.state.bank.vectors
         rows = x.reshape(-1, x.shape[-1])
-        scaled = rows if work.in_scale is None else scale_rows(rows, vectors, work.in_scale)
-        z = self.base(rotate_rows(scaled, work) if work.rotates else scaled, edits)
-        y = z if work.out_scale is None else scale_rows(z, vectors, work.out_scale)
-        if work.pairs:
-            y = y.clone() if y is z else y
-            for pairs in work.pairs:
-                add_pairs(y, z, vectors, pairs)
-        add_linear_terms(y, rows, work)
-        if work.shift is not None:
-            shift_rows(y, vectors, work.shift)
+        y = work.after(self.base(work.before(rows), edits), rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def base(self, x: Tensor, edits: StepEdits) -> Tensor:
