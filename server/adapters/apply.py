@@ -16,7 +16,8 @@ from torch import Tensor
 from server.adapters.bank import Bank, Resident
 from server.adapters.kernels import Kernel, LowRankRows, NativeEdits, lowrank_concat, lowrank_gather
 from server.adapters.linear import LinearWork, LongRun, LowRankWork, PairRows, SiteWork
-from server.adapters.native_linear import NativeLinears
+from server.adapters.native_linear import native_linear_work
+from server.adapters.native_records import NativeRecords
 from server.adapters.packed import SiteLayout
 from server.adapters.rows import VectorRows, row_index, vector_rows
 
@@ -56,16 +57,15 @@ class StepEdits:
     """The edits of the programs that own the rows of one ragged batch."""
 
     def __init__(
-        self, bank: Bank, runs: Sequence[Run], kernel: Kernel | None = None, linears: NativeLinears | None = None
+        self, bank: Bank, runs: Sequence[Run], kernel: Kernel | None = None, records: NativeRecords | None = None
     ) -> None:
         """``kernel``: the native one, which all edits run on that it knows, or a low-rank one that is to be used always."""
         self.bank = bank
         self.runs = [(bank.resident(slot), start, end) for slot, start, end in runs if slot]
         self.num_rows = max((end for _, _, end in runs), default=0)
         self.kinds = frozenset[str]().union(*(resident.kinds for resident, _, _ in self.runs))
-        self.native = kernel if isinstance(kernel, NativeEdits) else None
         self._kernel = None if isinstance(kernel, NativeEdits) else kernel
-        self._linears = NativeLinears(bank, self.native) if linears is None and self.native is not None else linears
+        self.records = NativeRecords(bank, kernel) if records is None and isinstance(kernel, NativeEdits) else records
         self._made: dict[str, Any] = {}
 
     def once(self, key: str, make: Callable[[], T]) -> T:
@@ -94,8 +94,8 @@ class StepEdits:
 
         def make() -> LinearWork | None:
             here = self.at(site)
-            if self._linears is not None:
-                return self._linears.work(here, site, in_features, out_features)
+            if self.records is not None:
+                return native_linear_work(self.records, here, site, in_features, out_features)
             return self._site_work(here, in_features, out_features) if here else None
 
         return self.once(site, make)
@@ -214,7 +214,7 @@ class EditCache:
         self._bank = bank
         self._capacity = capacity
         self._kernel = kernel
-        self._linears = NativeLinears(bank, kernel) if isinstance(kernel, NativeEdits) else None
+        self._records = NativeRecords(bank, kernel) if isinstance(kernel, NativeEdits) else None
         self._entries: OrderedDict[tuple[tuple[int, int, int], ...], StepEdits] = OrderedDict()
         bank.watch(self._forget)
 
@@ -224,7 +224,7 @@ class EditCache:
             return None
         # Slots are reused and serials are not: a key never outlives the program that it was made for.
         key = tuple((self._bank.resident(slot).serial if slot else 0, start, end) for slot, start, end in runs)
-        edits = self._entries.pop(key, None) or StepEdits(self._bank, runs, self._kernel, self._linears)
+        edits = self._entries.pop(key, None) or StepEdits(self._bank, runs, self._kernel, self._records)
         self._entries[key] = edits
         if len(self._entries) > self._capacity:
             self._entries.popitem(last=False)
@@ -232,7 +232,7 @@ class EditCache:
 
     def _forget(self, serial: int) -> None:
         """A program went: what was built for it would keep its tensors."""
-        if self._linears is not None:
-            self._linears.forget(serial)
+        if self._records is not None:
+            self._records.forget(serial)
         for key in [key for key in self._entries if any(held == serial for held, _, _ in key)]:
             del self._entries[key]

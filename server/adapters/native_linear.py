@@ -1,7 +1,7 @@
 """What a step's programs do at a linear, for the native kernel: records of addresses, compiled once a program and joined once a batch.
 
 Knows where a program's tensors lie and the layout that ``kernels/linear.cpp`` reads; the meaning is ``ir.LinearEdit``'s, and ``linear.SiteWork``
-does the same in PyTorch. Addresses stay good as long as their program keeps its serial: the bank tells when it does not.
+does the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from server.adapters.bank import Bank, Resident
+from server.adapters.bank import Resident
 from server.adapters.kernels import NativeEdits, NativeRuns, join_runs
+from server.adapters.native_records import NativeRecords
 from server.adapters.packed import SiteLayout
 
 _RECORD = struct.Struct("16q")
@@ -45,88 +46,63 @@ class _Terms:
     acts_after: bool
 
 
-class NativeLinears:
-    """The linear work of a bank's programs, by serial and site."""
+def native_linear_work(
+    records: NativeRecords, here: Sequence[tuple[Resident, int, int, SiteLayout]], site: str, in_features: int, out_features: int
+) -> NativeLinearWork | None:
+    """The work of the runs that have edits at a site; None when none of them is a linear's.
 
-    def __init__(self, bank: Bank, kernel: NativeEdits) -> None:
-        self._bank = bank
-        self._kernel = kernel
-        self._terms: dict[int, dict[str, _Terms]] = {}
+    Raises ValueError for a tensor that does not fit the linear.
+    """
+    before, after = [], []
+    for resident, start, end, layout in here:
 
-    def work(
-        self, here: Sequence[tuple[Resident, int, int, SiteLayout]], site: str, in_features: int, out_features: int
-    ) -> NativeLinearWork | None:
-        """The work of the runs that have edits at a site; None when none of them is a linear's.
+        def make(resident: Resident = resident, layout: SiteLayout = layout) -> _Terms:
+            return _pack(records, resident, layout, in_features, out_features)
 
-        Raises ValueError for a tensor that does not fit the linear.
-        """
-        before, after = [], []
-        for resident, start, end, layout in here:
-            known = self._terms.setdefault(resident.serial, {})
-            terms = known.get(site)
-            if terms is None:
-                terms = known[site] = self._pack(resident, layout, in_features, out_features)
-            if terms.acts_before:
-                before.append((start, end, terms.record))
-            if terms.acts_after:
-                after.append((start, end, terms.record))
-        if not before and not after:
-            return None
-        return NativeLinearWork(self._kernel, join_runs(before), join_runs(after))
+        terms = records.once(resident, site, make)
+        if terms.acts_before:
+            before.append((start, end, terms.record))
+        if terms.acts_after:
+            after.append((start, end, terms.record))
+    if not before and not after:
+        return None
+    return NativeLinearWork(records.kernel, join_runs(before), join_runs(after))
 
-    def forget(self, serial: int) -> None:
-        """A program went or moved."""
-        self._terms.pop(serial, None)
 
-    def _pack(self, resident: Resident, layout: SiteLayout, in_features: int, out_features: int) -> _Terms:
-        bank = self._bank
-
-        def vector(offset: int | None) -> int:
-            return 0 if offset is None else bank.vectors.data_ptr() + (resident.vectors_offset + offset) * bank.vectors.itemsize
-
-        def matrix(offset: int) -> int:
-            return bank.rows.data_ptr() + (resident.rows_offset + offset) * bank.rows.itemsize if layout.rank else 0
-
-        def loose(name: str) -> Tensor | None:
-            tensor = resident.extras[layout.extras[name]] if name in layout.extras else None
-            if tensor is not None and (tensor.dtype != bank.rows.dtype or not tensor.is_contiguous()):
-                raise ValueError(f"{name} is {tensor.dtype}, not a contiguous {bank.rows.dtype}")
-            return tensor
-
-        rotation, dense, left, right = (loose(name) for name in ("rotation", "dense", "left", "right"))
-        block = 0 if rotation is None else rotation.shape[-1]
-        _check_rotation(rotation, in_features)
-        _check_factors(left, right, in_features, out_features)
-        if dense is not None and tuple(dense.shape) != (out_features, in_features):
-            raise ValueError(f"dense is {tuple(dense.shape)} at a linear of {out_features} by {in_features}")
-        if layout.pair_scale is not None and (
-            layout.pair_group <= 0 or layout.pair_group % 2 or out_features % layout.pair_group
-        ):
-            raise ValueError(f"{out_features} outputs are not pairs in groups of {layout.pair_group}")
-        record = _RECORD.pack(
-            vector(layout.in_scale),
-            vector(layout.out_scale),
-            vector(layout.shift),
-            vector(layout.pair_scale),
-            layout.pair_group,
-            matrix(layout.down),
-            matrix(layout.up),
-            layout.rank,
-            _address(rotation),
-            block,
-            0 if rotation is None else int(rotation.shape[0] == 1),
-            _address(dense),
-            _address(left),
-            _address(right),
-            0 if left is None else left.shape[0],
-            0 if left is None else left.shape[1],
-        )
-        vectors = (layout.out_scale, layout.shift, layout.pair_scale)
-        return _Terms(
-            record,
-            acts_before=layout.in_scale is not None or rotation is not None,
-            acts_after=bool(layout.rank) or dense is not None or left is not None or any(item is not None for item in vectors),
-        )
+def _pack(records: NativeRecords, resident: Resident, layout: SiteLayout, in_features: int, out_features: int) -> _Terms:
+    extras = layout.extras
+    rotation, dense, left, right = (records.loose(resident, extras.get(name)) for name in ("rotation", "dense", "left", "right"))
+    block = 0 if rotation is None else rotation.shape[-1]
+    _check_rotation(rotation, in_features)
+    _check_factors(left, right, in_features, out_features)
+    if dense is not None and tuple(dense.shape) != (out_features, in_features):
+        raise ValueError(f"dense is {tuple(dense.shape)} at a linear of {out_features} by {in_features}")
+    if layout.pair_scale is not None and (layout.pair_group <= 0 or layout.pair_group % 2 or out_features % layout.pair_group):
+        raise ValueError(f"{out_features} outputs are not pairs in groups of {layout.pair_group}")
+    record = _RECORD.pack(
+        records.vector(resident, layout.in_scale),
+        records.vector(resident, layout.out_scale),
+        records.vector(resident, layout.shift),
+        records.vector(resident, layout.pair_scale),
+        layout.pair_group,
+        records.matrix(resident, layout.down),
+        records.matrix(resident, layout.up),
+        layout.rank,
+        _address(rotation),
+        block,
+        0 if rotation is None else int(rotation.shape[0] == 1),
+        _address(dense),
+        _address(left),
+        _address(right),
+        0 if left is None else left.shape[0],
+        0 if left is None else left.shape[1],
+    )
+    vectors = (layout.out_scale, layout.shift, layout.pair_scale)
+    return _Terms(
+        record,
+        acts_before=layout.in_scale is not None or rotation is not None,
+        acts_after=bool(layout.rank) or dense is not None or left is not None or any(item is not None for item in vectors),
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -137,12 +113,9 @@ def _check_rotation(rotation: Tensor | None, in_features: int) -> None:
     if rotation is None:
         return
     shape = tuple(rotation.shape)
-    if (
-        len(shape) != 3
-        or shape[1] != shape[2]
-        or (shape[0] != 1 and shape[0] * shape[1] != in_features)
-        or in_features % shape[1]
-    ):
+    size = shape[-1]
+    fits = size > 0 and in_features % size == 0 and shape in ((1, size, size), (in_features // size, size, size))
+    if not fits:
         raise ValueError(f"rotation is {shape} at a linear of {in_features} inputs")
 
 

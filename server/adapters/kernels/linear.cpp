@@ -4,6 +4,7 @@
 // symbols come from the runtime that PyTorch has already loaded.
 #include "pieces.h"
 #include "products.h"
+#include "rows.h"
 
 namespace {
 
@@ -26,19 +27,6 @@ struct Terms {
         return in + out + rank * (in + out) + rotated + dense_size + factors;
     }
 };
-
-// Rows of y as floats to add to: y itself where it holds floats.
-inline float* open_rows(float* y, int64_t, float*) { return y; }
-inline float* open_rows(const BFloat16* y, int64_t size, float* held) {
-    for (int64_t i = 0; i < size; ++i) held[i] = widen(y[i]);
-    return held;
-}
-inline void close_rows(const float*, int64_t, float*) {}
-inline void close_rows(const float* held, int64_t size, BFloat16* y) {
-    for (int64_t i = 0; i < size; ++i) narrow(held[i], y + i);
-}
-inline int64_t held_size(const float*, int64_t) { return 0; }
-inline int64_t held_size(const BFloat16*, int64_t size) { return size; }
 
 // out = rotate(in_scale * x)
 template <typename T>

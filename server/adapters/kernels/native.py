@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from server.adapters.kernels.build import build_library, load_library
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.cpp",))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.cpp", "bottleneck.cpp", "norm.cpp"))
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_LINEAR_BEFORE = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_char_p] * 2
-_LINEAR_AFTER = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4 + [ctypes.c_char_p] * 2
+_POINTER, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_RUNS = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p]
+_ARGUMENTS = {
+    "linear_before": [_POINTER] * 2 + [_INT64] * 2 + _RUNS,
+    "linear_after": [_POINTER] * 2 + [_INT64] * 3 + _RUNS,
+    "bottlenecks": [_POINTER] * 4 + [_INT64] * 2 + _RUNS,
+    "norms": [_POINTER] * 2 + [_INT64] * 4 + [_DOUBLE] * 2 + _RUNS,
+}
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +54,8 @@ class NativeEdits:
     """Edits on rows of one dtype on the CPU. Raises OSError when the library does not load."""
 
     def __init__(self, library: Path, dtype: torch.dtype) -> None:
-        loaded, suffix = load_library(library), _SUFFIXES[dtype]
         self._dtype = dtype
-        self._linear_before = getattr(loaded, f"linear_before_{suffix}")
-        self._linear_after = getattr(loaded, f"linear_after_{suffix}")
-        for function, arguments in ((self._linear_before, _LINEAR_BEFORE), (self._linear_after, _LINEAR_AFTER)):
-            function.argtypes, function.restype = arguments, None
+        self._linear_before, self._linear_after, self._bottlenecks, self._norms = _functions(library, _SUFFIXES[dtype])
 
     def linear_before(self, x: Tensor, runs: NativeRuns) -> Tensor:
         """``rotate(in_scale * x)`` of the runs beside the other rows of ``x (N, in)`` as they are."""
@@ -67,10 +70,36 @@ class NativeEdits:
         self._linear_after(x.data_ptr(), y.data_ptr(), *x.shape, y.shape[1], *runs)
         return y
 
+    def bottlenecks(self, t: Tensor, sublayer: Tensor, residual: Tensor | None, normed: Tensor | None, runs: NativeRuns) -> None:
+        """Add the runs' differences to the sub-layer's output, ``sublayer (N, hidden)``, to ``t`` in place. Streams that no run reads
+        may be None.
+        """
+        if not t.is_contiguous():
+            raise ValueError("the native kernel changes contiguous rows only")
+        streams = [None if stream is None else self._rows(stream) for stream in (sublayer, residual, normed)]
+        addresses = [None if stream is None else stream.data_ptr() for stream in streams]
+        self._bottlenecks(self._rows(t).data_ptr(), *addresses, *t.shape, *runs)
+
+    def norms(self, y: Tensor, x: Tensor, is_centered: bool, offset: float, eps: float, runs: NativeRuns) -> None:
+        """Put the norms of the runs' rows of ``x (N, …, width)`` into those of ``y``, in place."""
+        if not y.is_contiguous() or y.shape != x.shape:
+            raise ValueError("the native kernel changes contiguous rows only")
+        x, width = self._rows(x), x.shape[-1]
+        vectors = math.prod(x.shape[1:-1])
+        self._norms(x.data_ptr(), self._rows(y).data_ptr(), x.shape[0], vectors, width, is_centered, offset, eps, *runs)
+
     def _rows(self, rows: Tensor) -> Tensor:
         if rows.dtype != self._dtype or rows.device.type != "cpu":
             raise ValueError(f"the native kernel is for {self._dtype} on the CPU, not {rows.dtype} on {rows.device}")
         return rows.contiguous()
+
+
+def _functions(library: Path, suffix: str) -> Iterator[Any]:
+    loaded = load_library(library)
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(loaded, f"{name}_{suffix}")
+        function.argtypes, function.restype = arguments, None
+        yield function
 
 
 def load_native(cache_dir: Path, dtype: torch.dtype, device: torch.device) -> NativeEdits | None:

@@ -33,10 +33,3 @@ inline std::vector<Piece> cut_runs(const int64_t* bounds, int64_t count, int64_t
     if (all) cut(pieces, NOBODY, row, num_rows, most);
     return pieces;
 }
-
-// Floats of the calling thread's own, valid until its next call.
-inline float* scratch(int64_t size) {
-    static thread_local std::vector<float> held;
-    if (static_cast<int64_t>(held.size()) < size) held.resize(size);
-    return held.data();
-}
