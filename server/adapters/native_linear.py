@@ -70,8 +70,7 @@ def native_linear_work(
 
 
 def _pack(records: NativeRecords, resident: Resident, layout: SiteLayout, in_features: int, out_features: int) -> _Terms:
-    extras = layout.extras
-    rotation, dense, left, right = (records.loose(resident, extras.get(name)) for name in ("rotation", "dense", "left", "right"))
+    rotation, dense, left, right = (records.loose(resident, layout, name) for name in ("rotation", "dense", "left", "right"))
     block = 0 if rotation is None else rotation.shape[-1]
     _check_rotation(rotation, in_features)
     _check_factors(left, right, in_features, out_features)

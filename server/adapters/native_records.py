@@ -13,6 +13,7 @@ from torch import Tensor
 
 from server.adapters.bank import Bank, Resident
 from server.adapters.kernels import NativeEdits
+from server.adapters.packed import SiteLayout
 
 R = TypeVar("R")
 
@@ -46,9 +47,9 @@ class NativeRecords:
         rows = self._bank.rows
         return rows.data_ptr() + (resident.rows_offset + offset) * rows.itemsize
 
-    def loose(self, resident: Resident, name: str | None) -> Tensor | None:
-        """A tensor of the program's own, fit to be read by its address. Raises ValueError when it is not."""
-        tensor = None if name is None else resident.extras[name]
+    def loose(self, resident: Resident, layout: SiteLayout, name: str) -> Tensor | None:
+        """A tensor that a site has of its own, fit to be read by its address. Raises ValueError when it is not."""
+        tensor = resident.extras[layout.extras[name]] if name in layout.extras else None
         if tensor is not None and (tensor.dtype != self._bank.rows.dtype or not tensor.is_contiguous()):
             raise ValueError(f"{name} is {tensor.dtype}, not a contiguous {self._bank.rows.dtype}")
         return tensor

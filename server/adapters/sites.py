@@ -148,7 +148,7 @@ class LinearSite(Site):
         """``x (…, in)`` to ``y (…, out)`` with the linear terms of a step."""
         work = edits.linear(self.spec.name, self.spec.in_features, self.spec.out_features)
         if work is None:
-            return self.inner(x)  # type: ignore[no-any-return]
+            return self.base(x, edits)
         rows = x.reshape(-1, x.shape[-1])
         y = work.after(self.base(work.before(rows), edits), rows)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -28,25 +28,29 @@ struct Terms {
     }
 };
 
+template <typename T, typename X>
+void rotate(const Terms<T>& terms, const X* x, float* rotated, int64_t rows, int64_t in) {
+    const int64_t block = terms.block;
+    std::fill(rotated, rotated + rows * in, 0.0f);
+    for (int64_t i = 0; i < in; i += block)
+        add_product(x + i, rows, in, terms.rotation + (terms.is_shared ? 0 : i * block), block, block, rotated + i, in);
+}
+
 // out = rotate(in_scale * x)
 template <typename T>
 void transform(const Terms<T>& terms, const T* x, T* out, int64_t rows, int64_t in) {
-    const int64_t size = rows * in;
-    float* scaled = scratch(2 * size);
-    float* rotated = scaled + size;
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t i = 0; i < in; ++i) {
-            const float value = widen(x[row * in + i]);
-            scaled[row * in + i] = terms.in_scale ? terms.in_scale[i] * value : value;
-        }
-    if (terms.rotation) {
-        const int64_t block = terms.block;
-        std::fill(rotated, rotated + size, 0.0f);
-        for (int64_t i = 0; i < in; i += block)
-            add_product(scaled + i, rows, in, terms.rotation + (terms.is_shared ? 0 : i * block), block, block, rotated + i, in);
+    const int64_t size = rows * in, held = held_size(out, size);
+    float* scaled = scratch(held + size);
+    float* made = writable(out, scaled + size);
+    if (terms.in_scale) {
+        float* to = terms.rotation ? scaled : made;
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t i = 0; i < in; ++i) to[row * in + i] = terms.in_scale[i] * widen(x[row * in + i]);
+        if (terms.rotation) rotate(terms, scaled, made, rows, in);
+    } else {
+        rotate(terms, x, made, rows, in);
     }
-    const float* made = terms.rotation ? rotated : scaled;
-    for (int64_t i = 0; i < size; ++i) narrow(made[i], out + i);
+    close_rows(made, size, out);
 }
 
 // z = out_scale * z + pair_scale * swap(z) + shift

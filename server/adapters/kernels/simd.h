@@ -11,6 +11,7 @@
 
 constexpr int64_t LANES = MEDLEY_LANES;
 typedef float Vector __attribute__((vector_size(MEDLEY_LANES * 4)));
+typedef float Quad __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(MEDLEY_LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(MEDLEY_LANES * 2)));
 
@@ -51,7 +52,9 @@ inline Vector load(const BFloat16* from) {
 inline void store(float* to, Vector values) { std::memcpy(to, &values, sizeof values); }
 
 inline float sum(Vector values) {
-    float total = 0;
-    for (int64_t i = 0; i < LANES; ++i) total += values[i];
-    return total;
+    Quad parts[LANES / 4];
+    std::memcpy(parts, &values, sizeof values);
+    Quad total = parts[0];
+    for (int64_t i = 1; i < LANES / 4; ++i) total += parts[i];
+    return (total[0] + total[2]) + (total[1] + total[3]);
 }
