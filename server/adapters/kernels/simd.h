@@ -3,6 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+
 #ifdef __AVX512F__
 #define MEDLEY_LANES 16
 #else
@@ -50,6 +54,19 @@ inline Vector load(const BFloat16* from) {
     return values;
 }
 inline void store(float* to, Vector values) { std::memcpy(to, &values, sizeof values); }
+
+inline Vector splat(float value) { return value - Vector{}; }
+
+// a * b + c, rounded once wherever the processor can: left to the compiler, which of two loops does so is its choice, and with it the last bit.
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
 
 inline float sum(Vector values) {
     Quad parts[LANES / 4];

@@ -158,8 +158,23 @@ def test_a_row_that_is_not_finite_stays_alone(kernel_dir: Path) -> None:
     runs = [(slots[0], 0, 4), (slots[1], 4, 6), (0, 6, 8), (slots[2], 8, 12)]
     found = outcome(bank, runs, native(kernel_dir, torch.float32), x, base)
     assert torch.isfinite(found).all(-1).tolist() == [row not in (2, 4, 5, 7) for row in range(12)]
-    alone = outcome(bank, [(slots[2], 0, 4)], native(kernel_dir, torch.float32), x[8:], base)
-    torch.testing.assert_close(found[8:], alone)
+
+
+def test_a_row_is_bit_for_bit_the_same_alone_and_packed(kernel_dir: Path) -> None:
+    bank, slots = make_bank([linear_edit(frozenset(TERMS), seed, torch.float32) for seed in range(3)], torch.float32)
+    x, z = torch.randn(50, IN), torch.randn(50, OUT)
+    runs = [(slots[0], 0, 33), (0, 33, 40), (slots[1], 40, 43), (slots[2], 43, 50)]
+
+    def result(runs: list[Run], start: int, end: int) -> tuple[Tensor, Tensor]:
+        work = StepEdits(bank, runs, native(kernel_dir, torch.float32)).linear(SITE, IN, OUT)
+        assert isinstance(work, NativeLinearWork)
+        return work.before(x[start:end]), work.after(z[start:end].clone(), x[start:end])
+
+    packed_rows = result(runs, 0, 50)
+    for slot, start, end in runs:
+        for row in range(start, end) if slot else ():
+            for found, expected in zip(result([(slot, 0, 1)], row, row + 1), packed_rows, strict=True):
+                assert torch.equal(found[0], expected[row])
 
 
 def test_a_program_that_moved_is_read_where_it_lies(kernel_dir: Path) -> None:
