@@ -26,7 +26,8 @@ Run = tuple[int, int, int]
 """Rows ``[start, end)`` belong to ``slot``: (slot, start, end)."""
 
 LONG_RUN = 16
-"""From this many rows on, a run is worth matrix products of its own."""
+LONG_RUN_KERNEL = 64
+"""From this many rows on, a run is worth matrix products of its own; with a low-rank kernel that takes all rows, later."""
 CONCAT_MAX_RANK = 160
 """Up to this sum of distinct ranks, one dense product over all programs beats gathering per row."""
 _LOOSE = ("dense", "rotation", "left", "right")
@@ -65,6 +66,7 @@ class StepEdits:
         self.num_rows = max((end for _, _, end in runs), default=0)
         self.kinds = frozenset[str]().union(*(resident.kinds for resident, _, _ in self.runs))
         self._kernel = None if isinstance(kernel, NativeEdits) else kernel
+        self._long_run = LONG_RUN if self._kernel is None else LONG_RUN_KERNEL
         self.records = NativeRecords(bank, kernel) if records is None and isinstance(kernel, NativeEdits) else records
         self._made: dict[str, Any] = {}
 
@@ -115,7 +117,7 @@ class StepEdits:
             rank = item.matrices.rank
             if not rank:
                 continue
-            if item.end - item.start >= LONG_RUN or down is None or up is None:
+            if item.end - item.start >= self._long_run or down is None or up is None:
                 first, second = item.resident.rows_offset + item.matrices.down, item.resident.rows_offset + item.matrices.up
                 long_runs.append(
                     LongRun(
