@@ -8,25 +8,26 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from server.adapters.activations import ACTIVATIONS
 from server.adapters.bank import Bank, Resident
-from server.adapters.kernels import Kernel, LowRankRows, lowrank_concat, lowrank_gather
+from server.adapters.kernels import Kernel, LowRankRows, NativeEdits, lowrank_concat, lowrank_gather
+from server.adapters.linear import LinearWork, LongRun, LowRankWork, PairRows, SiteWork
+from server.adapters.native_linear import native_linear_work
+from server.adapters.native_records import NativeRecords
 from server.adapters.packed import SiteLayout
-from server.adapters.rows import VectorRows, add_rows, pick, row_index, take, vector_rows
+from server.adapters.rows import VectorRows, row_index, vector_rows
 
 T = TypeVar("T")
 Run = tuple[int, int, int]
 """Rows ``[start, end)`` belong to ``slot``: (slot, start, end)."""
 
 LONG_RUN = 16
-LONG_RUN_NATIVE = 64
-"""From this many rows on, a run is worth matrix products of its own; with a kernel that takes all rows, later."""
+LONG_RUN_KERNEL = 64
+"""From this many rows on, a run is worth matrix products of its own; with a low-rank kernel that takes all rows, later."""
 CONCAT_MAX_RANK = 160
 """Up to this sum of distinct ranks, one dense product over all programs beats gathering per row."""
 _LOOSE = ("dense", "rotation", "left", "right")
@@ -53,73 +54,20 @@ class Placed(NamedTuple):
     bias: int | None = None
 
 
-class LongRun(NamedTuple):
-    """A run with matrices of its own: ``down (rank, in)``, ``up (rank, out)``, ``bias (rank,)`` or None."""
-
-    start: int
-    end: int
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankWork:
-    """``y += act(x @ down.T + bias) @ up`` for rows of many programs: long runs as matrix products, everything else by one kernel."""
-
-    long_runs: tuple[LongRun, ...]
-    short_rows: LowRankRows | None
-    kernel: Kernel
-    down: Tensor | None
-    up: Tensor | None
-    activation: str = "linear"
-
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """Add to the rows of ``y (N, out)`` in place, from ``x (N, in)``, which may be ``y`` itself."""
-        for start, end, down, up, bias in self.long_runs:
-            inner = x[start:end] @ down.T
-            if bias is not None:
-                inner = inner + bias
-            y[start:end].addmm_(ACTIVATIONS[self.activation](inner), up)
-        if self.short_rows is not None and self.down is not None and self.up is not None:
-            self.kernel(y, x, self.down, self.up, self.short_rows)
-
-
-@dataclass(frozen=True, slots=True)
-class PairRows:
-    """Rows whose outputs are paired in groups of one size, with their ``pair_scale``."""
-
-    scale: VectorRows
-    group: int
-
-
-@dataclass(frozen=True, slots=True)
-class SiteWork:
-    """What the programs of a step do at one linear site."""
-
-    low_rank: LowRankWork | None
-    in_scale: VectorRows | None
-    out_scale: VectorRows | None
-    shift: VectorRows | None
-    pairs: tuple[PairRows, ...]
-    loose: tuple[tuple[int, int, dict[str, Tensor]], ...]
-    """Runs with tensors of their own, by field: ``dense``, ``rotation``, ``left`` and ``right``."""
-
-    @property
-    def rotates(self) -> bool:
-        return bool(self.loose) and any("rotation" in found for _, _, found in self.loose)
-
-
 class StepEdits:
     """The edits of the programs that own the rows of one ragged batch."""
 
-    def __init__(self, bank: Bank, runs: Sequence[Run], kernel: Kernel | None = None) -> None:
+    def __init__(
+        self, bank: Bank, runs: Sequence[Run], kernel: Kernel | None = None, records: NativeRecords | None = None
+    ) -> None:
+        """``kernel``: the native one, which all edits run on that it knows, or a low-rank one that is to be used always."""
         self.bank = bank
         self.runs = [(bank.resident(slot), start, end) for slot, start, end in runs if slot]
         self.num_rows = max((end for _, _, end in runs), default=0)
         self.kinds = frozenset[str]().union(*(resident.kinds for resident, _, _ in self.runs))
-        self._kernel = kernel
-        self._long_run = LONG_RUN if kernel is None else LONG_RUN_NATIVE
+        self._kernel = None if isinstance(kernel, NativeEdits) else kernel
+        self._long_run = LONG_RUN if self._kernel is None else LONG_RUN_KERNEL
+        self.records = NativeRecords(bank, kernel) if records is None and isinstance(kernel, NativeEdits) else records
         self._made: dict[str, Any] = {}
 
     def once(self, key: str, make: Callable[[], T]) -> T:
@@ -143,11 +91,13 @@ class StepEdits:
             if found:
                 yield start, end, found
 
-    def linear(self, site: str, in_features: int, out_features: int) -> SiteWork | None:
+    def linear(self, site: str, in_features: int, out_features: int) -> LinearWork | None:
         """The work at a linear site; None when no program of the step edits it."""
 
-        def make() -> SiteWork | None:
+        def make() -> LinearWork | None:
             here = self.at(site)
+            if self.records is not None:
+                return native_linear_work(self.records, here, site, in_features, out_features)
             return self._site_work(here, in_features, out_features) if here else None
 
         return self.once(site, make)
@@ -200,6 +150,7 @@ class StepEdits:
 
         groups = sorted({layout.pair_group for *_, layout in here if layout.pair_scale is not None})
         return SiteWork(
+            vectors=self.bank.vectors,
             low_rank=self.low_rank([Placed(*item) for item in here], in_features, out_features),
             in_scale=vectors("in_scale"),
             out_scale=vectors("out_scale"),
@@ -265,6 +216,7 @@ class EditCache:
         self._bank = bank
         self._capacity = capacity
         self._kernel = kernel
+        self._records = NativeRecords(bank, kernel) if isinstance(kernel, NativeEdits) else None
         self._entries: OrderedDict[tuple[tuple[int, int, int], ...], StepEdits] = OrderedDict()
         bank.watch(self._forget)
 
@@ -274,7 +226,7 @@ class EditCache:
             return None
         # Slots are reused and serials are not: a key never outlives the program that it was made for.
         key = tuple((self._bank.resident(slot).serial if slot else 0, start, end) for slot, start, end in runs)
-        edits = self._entries.pop(key, None) or StepEdits(self._bank, runs, self._kernel)
+        edits = self._entries.pop(key, None) or StepEdits(self._bank, runs, self._kernel, self._records)
         self._entries[key] = edits
         if len(self._entries) > self._capacity:
             self._entries.popitem(last=False)
@@ -282,41 +234,7 @@ class EditCache:
 
     def _forget(self, serial: int) -> None:
         """A program went: what was built for it would keep its tensors."""
+        if self._records is not None:
+            self._records.forget(serial)
         for key in [key for key in self._entries if any(held == serial for held, _, _ in key)]:
             del self._entries[key]
-
-
-def rotate_rows(x: Tensor, work: SiteWork) -> Tensor:
-    """``x`` with the rotated rows replaced: every block of ``b`` inputs times its ``(b, b)`` matrix."""
-    rotated = x.clone()
-    for start, end, found in work.loose:
-        if (rotation := found.get("rotation")) is not None:
-            size = rotation.shape[-1]
-            blocks = x[start:end].view(end - start, -1, size).transpose(0, 1)
-            rotated[start:end] = torch.matmul(blocks, rotation).transpose(0, 1).reshape(end - start, -1)
-    return rotated
-
-
-def swap_pairs(z: Tensor, group: int) -> Tensor:
-    """``(z1, z2) → (-z2, z1)`` for the halves of every ``group`` outputs."""
-    first, second = z.view(*z.shape[:-1], -1, 2, group // 2).unbind(-2)
-    return torch.stack((-second, first), dim=-2).view(z.shape)
-
-
-def add_pairs(y: Tensor, z: Tensor, vectors: Tensor, pairs: PairRows) -> None:
-    """``y[row] += pair_scale * swap(z[row])`` in place."""
-    swapped = swap_pairs(pick(z, pairs.scale.rows), pairs.group)
-    add_rows(y, (swapped * take(vectors, pairs.scale, z.shape[-1])).to(y.dtype), pairs.scale.rows)
-
-
-def add_linear_terms(y: Tensor, x: Tensor, work: SiteWork) -> None:
-    """Every program's ``(x @ down.T) @ up + x @ dense.T + kron(left, right) x`` added to its rows of ``y``, in place."""
-    if work.low_rank is not None:
-        work.low_rank.add(y, x)
-    for start, end, found in work.loose:
-        if "dense" in found:
-            y[start:end].addmm_(x[start:end], found["dense"].T)
-        if "left" in found:
-            left, right = found["left"], found["right"]
-            blocks = x[start:end].view(end - start, left.shape[1], right.shape[1])
-            y[start:end] += torch.matmul(left, blocks @ right.T).reshape(end - start, -1)

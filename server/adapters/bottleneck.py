@@ -1,12 +1,13 @@
 """Executing bottlenecks at a sub-layer's output, and attention over several of them. The meaning is ``ir.BottleneckEdit``'s.
 
-Bottlenecks with one placement form a group that one kernel call serves, whoever owns the rows; rows with a fusion go run by run.
+On the native kernel one call serves all bottlenecks of a step that it knows. In PyTorch those with one placement form a group that one
+kernel call serves, whoever owns the rows; rows with a fusion go run by run.
 ``bottleneck_reference`` and ``fusion_reference`` state the maths for one program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,49 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.adapters.activations import ACTIVATIONS
-from server.adapters.apply import LowRankWork, Placed, StepEdits
+from server.adapters.apply import Placed, StepEdits
 from server.adapters.bank import Bank, Resident
 from server.adapters.ir import BottleneckEdit, FusionEdit, Placement
-from server.adapters.packed import BottleneckLayout, SiteLayout
+from server.adapters.linear import LowRankWork
+from server.adapters.native_bottleneck import Member, NativeGroup, is_native, native_group
+from server.adapters.packed import SiteLayout
 from server.adapters.rows import NORM_EPS, VectorRows, add_rows, norm_rows, pick, row_index, shift_rows
-
-
-class Streams:
-    """The vectors that meet at a sub-layer's output, each ``(N, hidden)`` and computed when somebody asks.
-
-    ``residual`` may be None where no program of the step reads it. ``normed`` gives the norm of the sum, on post-norm bases.
-    """
-
-    def __init__(self, sublayer: Tensor, residual: Tensor | None, normed: Callable[[], Tensor] | None = None) -> None:
-        self.sublayer = sublayer
-        self._residual = residual
-        self._normed = normed
-        self._known: dict[str, Tensor] = {"sublayer": sublayer}
-
-    def get(self, name: str) -> Tensor:
-        """A stream of ``ir.Stream`` by name."""
-        if name not in self._known:
-            self._known[name] = self._make(name)
-        return self._known[name]
-
-    def rows(self, start: int, end: int) -> Streams:
-        """The same streams of some rows only."""
-        part = Streams(self.sublayer[start:end], None if self._residual is None else self._residual[start:end])
-        if self._normed is not None:
-            part._normed = lambda: self.get("normed")[start:end]
-        return part
-
-    def _make(self, name: str) -> Tensor:
-        if name == "normed" and self._normed is not None:
-            return self._normed()
-        if self._residual is None:
-            raise RuntimeError(f"the {name} stream is not known at this site")
-        return self._residual if name == "residual" else self.sublayer + self._residual
+from server.adapters.streams import Streams
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The bottlenecks of a step that share a placement at one site, at most one a row. ``rows``: theirs, None for all."""
+    """The bottlenecks of a step that share a placement at one site, at most one a row, in PyTorch. ``rows``: theirs, None for all."""
 
     placement: Placement
     rows: Tensor | None
@@ -70,12 +41,38 @@ class Group:
     weight: Tensor | None
     """``(n, 1)`` where some row's is not 1."""
 
+    def run(self, streams: Streams, vectors: Tensor, t: Tensor) -> tuple[Tensor | None, ...]:
+        """Change the rows of ``t``. Those (None for all) that replace what the base does after the sub-layer."""
+        placement = self.placement
+        source = streams.get(placement.source)
+        if self.before_weight is not None:
+            source = norm_rows(source, vectors, self.before_weight, self.before_bias)
+        if placement.is_plain and self.after_weight is None and self.weight is None:
+            self.work.add(t, source)
+            if self.up_bias is not None:
+                shift_rows(t, vectors, self.up_bias)
+            return ()
+        u = torch.zeros_like(t)
+        self.work.add(u, source)
+        if self.up_bias is not None:
+            shift_rows(u, vectors, self.up_bias)
+        residual = streams.get(placement.residual)
+        if not placement.norm_first:
+            add_rows(u, pick(residual, self.rows), self.rows)
+        if self.after_weight is not None:
+            u = norm_rows(u, vectors, self.after_weight, self.after_bias)
+        if placement.norm_first:
+            add_rows(u, pick(residual, self.rows), self.rows)
+        difference = pick(u, self.rows) - pick(streams.sublayer, self.rows)
+        add_rows(t, difference if self.weight is None else difference * self.weight.to(difference.dtype), self.rows)
+        return (self.rows,) if placement.replaces else ()
+
 
 @dataclass(frozen=True, slots=True)
 class SublayerWork:
     """What a step's programs do at one sub-layer's output."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group | NativeGroup, ...]
     fusions: tuple[tuple[int, int, tuple[BottleneckEdit, ...], FusionEdit], ...]
 
 
@@ -101,10 +98,9 @@ def sublayer_work(edits: StepEdits, site: str, hidden: int) -> SublayerWork | No
 def run_sublayer(work: SublayerWork, streams: Streams, vectors: Tensor) -> SublayerResult:
     """All bottlenecks of a step at one site. Rows without any keep ``streams.sublayer``; edits of one row add their differences."""
     t = streams.sublayer.clone()
-    whole = []
+    whole: list[Tensor | None] = []
     for group in work.groups:
-        if _run_group(group, streams, vectors, t):
-            whole.append(group.rows)
+        whole += group.run(streams, vectors, t)
     for start, end, children, fusion in work.fusions:
         t[start:end] = fusion_reference(children, fusion, streams.rows(start, end)).to(t.dtype)
         if fusion.placement.replaces:
@@ -112,51 +108,27 @@ def run_sublayer(work: SublayerWork, streams: Streams, vectors: Tensor) -> Subla
     return SublayerResult(t, tuple(whole))
 
 
-def _run_group(group: Group, streams: Streams, vectors: Tensor, t: Tensor) -> bool:
-    """Change the group's rows of ``t``. Whether they replace what the base does after the sub-layer."""
-    placement = group.placement
-    source = streams.get(placement.source)
-    if group.before_weight is not None:
-        source = norm_rows(source, vectors, group.before_weight, group.before_bias)
-    if placement.is_plain and group.after_weight is None and group.weight is None:
-        group.work.add(t, source)
-        if group.up_bias is not None:
-            shift_rows(t, vectors, group.up_bias)
-        return False
-    u = torch.zeros_like(t)
-    group.work.add(u, source)
-    if group.up_bias is not None:
-        shift_rows(u, vectors, group.up_bias)
-    residual = streams.get(placement.residual)
-    if not placement.norm_first:
-        add_rows(u, pick(residual, group.rows), group.rows)
-    if group.after_weight is not None:
-        u = norm_rows(u, vectors, group.after_weight, group.after_bias)
-    if placement.norm_first:
-        add_rows(u, pick(residual, group.rows), group.rows)
-    difference = pick(u, group.rows) - pick(streams.sublayer, group.rows)
-    add_rows(t, difference if group.weight is None else difference * group.weight.to(difference.dtype), group.rows)
-    return placement.replaces
-
-
 def _make_work(edits: StepEdits, here: list[tuple[Resident, int, int, SiteLayout]], hidden: int) -> SublayerWork:
-    members: dict[tuple[Any, ...], list[tuple[Resident, int, int, BottleneckLayout]]] = {}
+    members: dict[tuple[Any, ...], list[Member]] = {}
+    native: dict[int, list[Member]] = {}
     fusions = []
     for resident, start, end, layout in here:
         if "fusion.placement" in layout.flags:
             fusions.append((start, end, *_fusion(edits.bank, resident, layout, hidden)))
             continue
+        # A row's second bottleneck goes into a group of its own: within a kernel call every row is written once.
         for ordinal, item in enumerate(layout.bottlenecks):
-            # A row's second bottleneck goes into a group of its own: within a kernel call every row is written once.
-            key = (item.placement, ordinal, item.before_weight is None, item.after_weight is None)
-            members.setdefault(key, []).append((resident, start, end, item))
-    groups = tuple(_group(edits, key[0], found, hidden) for key, found in members.items())
-    return SublayerWork(groups, tuple(fusions))
+            if edits.records is not None and is_native(item):
+                native.setdefault(ordinal, []).append(Member(resident, start, end, item))
+            else:
+                key = (item.placement, ordinal, item.before_weight is None, item.after_weight is None)
+                members.setdefault(key, []).append(Member(resident, start, end, item))
+    groups = [_group(edits, key[0], found, hidden) for key, found in members.items()]
+    natives = [native_group(edits.records, found) for found in native.values()] if edits.records is not None else []
+    return SublayerWork((*groups, *natives), tuple(fusions))
 
 
-def _group(
-    edits: StepEdits, placement: Placement, members: list[tuple[Resident, int, int, BottleneckLayout]], hidden: int
-) -> Group:
+def _group(edits: StepEdits, placement: Placement, members: list[Member], hidden: int) -> Group:
     def vectors(name: str) -> VectorRows | None:
         return edits.vectors_of([(resident, start, end, getattr(item, name)) for resident, start, end, item in members])
 

@@ -7,7 +7,7 @@ A site with nothing to do in a step is one attribute read away from the module t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from server.adapters.activations import ACTIVATIONS
-from server.adapters.apply import LONG_RUN, StepEdits, add_linear_terms, add_pairs, rotate_rows
+from server.adapters.apply import StepEdits
 from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec, Sublayer
-from server.adapters.bottleneck import Streams, SublayerResult, SublayerWork, run_sublayer, sublayer_work
-from server.adapters.rows import VirtualRows, scale_rows, shift_rows
+from server.adapters.bottleneck import SublayerResult, SublayerWork, run_sublayer, sublayer_work
+from server.adapters.native_norm import NormForm, native_norm_work, norm_form
+from server.adapters.norm import NormRun, NormWork, norm_work
+from server.adapters.rows import VirtualRows
+from server.adapters.streams import Streams
 
 Replaced = tuple[int, int, Tensor]
 """Rows ``[start, end)`` of a site's output are these instead: (start, end, rows)."""
@@ -145,19 +148,9 @@ class LinearSite(Site):
         """``x (…, in)`` to ``y (…, out)`` with the linear terms of a step."""
         work = edits.linear(self.spec.name, self.spec.in_features, self.spec.out_features)
         if work is None:
-            return self.inner(x)  # type: ignore[no-any-return]
-        vectors = self.state.bank.vectors
+            return self.base(x, edits)
         rows = x.reshape(-1, x.shape[-1])
-        scaled = rows if work.in_scale is None else scale_rows(rows, vectors, work.in_scale)
-        z = self.base(rotate_rows(scaled, work) if work.rotates else scaled, edits)
-        y = z if work.out_scale is None else scale_rows(z, vectors, work.out_scale)
-        if work.pairs:
-            y = y.clone() if y is z else y
-            for pairs in work.pairs:
-                add_pairs(y, z, vectors, pairs)
-        add_linear_terms(y, rows, work)
-        if work.shift is not None:
-            shift_rows(y, vectors, work.shift)
+        y = work.after(self.base(work.before(rows), edits), rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def base(self, x: Tensor, edits: StepEdits) -> Tensor:
@@ -184,17 +177,8 @@ class HeadSite(LinearSite):
         return y
 
 
-@dataclass(frozen=True, slots=True)
-class NormRows:
-    """Rows ``(n,)`` with norm parameters of their own, ``weight`` and ``bias (n, width)``."""
-
-    rows: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
 class NormSite(Site):
-    """Replaced norm parameters: the original module's own code with them for long runs, one pass with a row of parameters each for short ones."""
+    """Replaced norm parameters, each row with its own program's."""
 
     def forward(self, x: Tensor) -> Tensor:
         edits = self.state.edits
@@ -212,37 +196,19 @@ class NormSite(Site):
         runs = edits.extras(self.spec.name, "norm")
         if runs:
             given, made = (x, y) if x.dim() == 2 else (x[0], y[0])
-            for start, end, found in runs:
-                if end - start >= LONG_RUN:
-                    made[start:end] = torch.func.functional_call(self.inner, found, (given[start:end],))
-            short = edits.once(f"{self.spec.name} norms", lambda: self._short(runs))
-            if short is not None:
-                made.index_copy_(0, short.rows, self._by_row(given.index_select(0, short.rows), short))
+            edits.once(f"{self.spec.name} norms", lambda: self._work(edits, runs)).put(made, given)
         self.put_virtual(y)
         return y
 
-    def _short(self, runs: list[tuple[int, int, dict[str, Tensor]]]) -> NormRows | None:
-        short = [(start, end, found) for start, end, found in runs if end - start < LONG_RUN]
-        if not short:
-            return None
-        own = dict(self.inner.named_parameters())
+    def _work(self, edits: StepEdits, runs: list[NormRun]) -> NormWork:
+        if edits.records is None or self.form is None:
+            return norm_work(self.inner, runs)
+        return native_norm_work(edits.records.kernel, self.form, self.inner, runs)
 
-        def expanded(name: str) -> Tensor:
-            return torch.cat([found.get(name, own[name]).expand(end - start, -1) for start, end, found in short])
-
-        rows = torch.cat([torch.arange(start, end) for start, end, _ in short]).to(own["weight"].device)
-        return NormRows(rows, expanded("weight"), expanded("bias") if "bias" in own else None)
-
-    def _by_row(self, x: Tensor, short: NormRows) -> Tensor:
-        """The norm of ``x (n, …, width)``, each row with its own parameters."""
-        shape = (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
-        weight = short.weight.view(shape)
-        if not isinstance(self.inner, nn.LayerNorm):
-            # RMS norms multiply by a weight that broadcasts, each in its family's own way.
-            return torch.func.functional_call(self.inner, {"weight": weight}, (x,))  # type: ignore[no-any-return]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.layer_norm(x.to(wide), self.inner.normalized_shape, eps=self.inner.eps) * weight
-        return (normed if short.bias is None else normed + short.bias.view(shape)).to(x.dtype)
+    @cached_property
+    def form(self) -> NormForm | None:
+        """What the native kernel knows the norm as; None: as nothing."""
+        return norm_form(self.inner)
 
     def _joined(self, x: Tensor, edits: StepEdits, work: SublayerWork) -> Tensor:
         """Post-norm: ``x`` is sub-layer's output plus residual; bottlenecks change the former before the norm."""

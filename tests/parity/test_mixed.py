@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.adapters.kernels import NativeEdits, load_native
 from server.engine.encoder_engine import EncoderEngine
 from server.engine.engine import Engine
+from server.engine.model import DTYPES
 from server.engine.types import BASE, ProgramRef, Request, Task
 from tests.conftest import TinyModels
 from tests.harness import Result, ask, greedy, lower_directory, make_encoder, make_engine, run
@@ -34,11 +36,11 @@ def request(name: str, prompt: Sequence[int], program: ProgramRef, family: str) 
     return ask(name, prompt, program, task=Task.EMBED if program is BASE else Task.CLASSIFY)
 
 
-def engine_for(family: str, base: Path, dtype: str) -> Engine | EncoderEngine:
+def engine_for(family: str, base: Path, dtype: str, kernel: NativeEdits | None = None) -> Engine | EncoderEngine:
     if family in ENCODERS:
-        return make_encoder(base, dtype, bank_bytes=64 << 20)
+        return make_encoder(base, dtype, kernel=kernel, bank_bytes=64 << 20)
     sizes = {"bank_bytes": 64 << 20, "kv_cache_bytes": 16 << 20, "max_running": 128, "max_batch_tokens": 512}
-    return make_engine(base, dtype, prefix_caching=False, **sizes)
+    return make_engine(base, dtype, kernel=kernel, prefix_caching=False, **sizes)
 
 
 def numbers(result: Result, name: str) -> Tensor:
@@ -64,7 +66,12 @@ def same(first: Result, second: Result, name: str, tolerance: float) -> None:
         ("bert", "float64"),
     ],
 )
-def test_all_methods_packed_equal_each_alone(family: str, dtype: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+def test_all_methods_packed_equal_each_alone(
+    family: str, dtype: str, tiny_models: TinyModels, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # In fp32 the batch runs on the native kernel, and each alone on the reference.
+    native = load_native(tmp_path_factory.getbasetemp() / "kernels", DTYPES[dtype], torch.device("cpu"))
+    assert (native is not None) == (dtype == "float32")
     base, task = tiny_models(family), "SEQ_CLS" if family in ENCODERS else "CAUSAL_LM"
     programs = {}
     for case in one_of_each(family):
@@ -83,7 +90,7 @@ def test_all_methods_packed_equal_each_alone(family: str, dtype: str, tiny_model
     for item in asked:
         alone |= run(engine, [item])
     engine.close()
-    engine = engine_for(family, base, dtype)
+    engine = engine_for(family, base, dtype, native)
     packed = run(engine, asked)
     assert engine.stats().counters["steps"] < 20, "the requests did not share steps"
     for name in programs:

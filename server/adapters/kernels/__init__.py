@@ -1,13 +1,19 @@
-"""Low-rank kernels: ``lowrank_reference`` states the maths, the others are faster ways to the same result."""
+"""Kernels of edits: ``lowrank_reference`` states the low-rank maths, the others are faster ways to the same; ``NativeEdits`` is all in C++."""
 
 from server.adapters.kernels.gpu import load_triton
-from server.adapters.kernels.lowrank import Kernel, LowRankRows, lowrank_concat, lowrank_gather, lowrank_reference
-from server.adapters.kernels.native import NativeLowRank, load_native
+from server.adapters.kernels.lowrank import LowRankKernel, LowRankRows, lowrank_concat, lowrank_gather, lowrank_reference
+from server.adapters.kernels.native import NativeEdits, NativeRuns, join_runs, load_native
+
+Kernel = LowRankKernel | NativeEdits
+"""What a step's edits run on, where it is chosen: all in C++, or PyTorch with one low-rank kernel."""
 
 __all__ = [
     "Kernel",
+    "LowRankKernel",
     "LowRankRows",
-    "NativeLowRank",
+    "NativeEdits",
+    "NativeRuns",
+    "join_runs",
     "load_native",
     "load_triton",
     "lowrank_concat",

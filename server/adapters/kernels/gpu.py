@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from server.adapters.kernels.lowrank import Kernel
+from server.adapters.kernels.lowrank import LowRankKernel
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -22,7 +22,7 @@ def runs_triton(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cuda" and dtype in _DTYPES and _is_installed()
 
 
-def load_triton(dtype: torch.dtype, device: torch.device) -> Kernel | None:
+def load_triton(dtype: torch.dtype, device: torch.device) -> LowRankKernel | None:
     """The low-rank kernel for a dtype; None where PyTorch's operations do the work."""
     if not runs_triton(dtype, device):
         return None

@@ -46,7 +46,7 @@ class LowRankRows:
     activation: str = "linear"
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, LowRankRows], None]
+LowRankKernel = Callable[[Tensor, Tensor, Tensor, Tensor, LowRankRows], None]
 
 
 def lowrank_reference(y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: LowRankRows) -> None:

@@ -14,10 +14,19 @@ from torch import Tensor
 from server.adapters.apply import StepEdits
 from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec
-from server.adapters.bottleneck import Streams, bottleneck_reference, fusion_reference, run_sublayer, sublayer_work
+from server.adapters.bottleneck import (
+    Group,
+    SublayerWork,
+    bottleneck_reference,
+    fusion_reference,
+    run_sublayer,
+    sublayer_work,
+)
 from server.adapters.ir import BottleneckEdit, FusionEdit, Placement, Program
-from server.adapters.kernels import Kernel, load_native, lowrank_concat, lowrank_gather, lowrank_reference
+from server.adapters.kernels import Kernel, NativeEdits, load_native, lowrank_concat, lowrank_gather, lowrank_reference
+from server.adapters.native_bottleneck import NativeGroup
 from server.adapters.packed import pack_program
+from server.adapters.streams import Streams
 
 HIDDEN, SITE = 12, "out"
 SPEC = BaseSpec(
@@ -78,11 +87,37 @@ def programs(draw: st.DrawFn) -> list[tuple[list[BottleneckEdit], int]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> NativeEdits:
+    kernel = load_native(tmp_path_factory.getbasetemp() / "kernels", torch.float32, torch.device("cpu"))
+    assert kernel is not None, "the machine that runs the tests has a C++ compiler"
+    return kernel
+
+
 @pytest.mark.parametrize("kernel", [None, lowrank_reference, lowrank_gather, lowrank_concat])
 @settings(max_examples=60)
 @given(batch=programs())
 def test_packed_equals_the_reference_of_each(kernel: Kernel | None, batch: list[tuple[list[BottleneckEdit], int]]) -> None:
-    bank = Bank(SPEC, capacity_bytes=1 << 20, max_slots=16, dtype=torch.float64, device=torch.device("cpu"))
+    work = check_packed(kernel, batch, torch.float64, tolerance=1e-9)
+    assert work is None or all(isinstance(group, Group) for group in work.groups)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch=programs())
+def test_the_native_kernel_equals_the_reference_of_each(
+    native: NativeEdits, batch: list[tuple[list[BottleneckEdit], int]]
+) -> None:
+    work = check_packed(native, batch, torch.float32, tolerance=1e-4)
+    activations = {item.placement.activation for edits, _ in batch for item in edits}
+    kinds = {type(group) for group in work.groups} if work is not None else set()
+    assert (NativeGroup in kinds) == bool(activations - {"leakyrelu"})
+    assert (Group in kinds) == ("leakyrelu" in activations)
+
+
+def check_packed(
+    kernel: Kernel | None, batch: list[tuple[list[BottleneckEdit], int]], dtype: torch.dtype, tolerance: float
+) -> SublayerWork | None:
+    bank = Bank(SPEC, capacity_bytes=1 << 20, max_slots=16, dtype=dtype, device=torch.device("cpu"))
     runs, row = [], 0
     for index, (edits, count) in enumerate(batch):
         slot = 0
@@ -98,7 +133,8 @@ def test_packed_equals_the_reference_of_each(kernel: Kernel | None, batch: list[
     generator = torch.Generator().manual_seed(1)
     s, r = (torch.randn(row, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(2))
     work = sublayer_work(StepEdits(bank, runs, kernel), SITE, HIDDEN)
-    streams = Streams(s, r, lambda: normed(s + r))
+    given, beside = s.to(dtype), r.to(dtype)
+    streams = Streams(given, beside, lambda: normed(given + beside))
     result = run_sublayer(work, streams, bank.vectors) if work is not None else None
     whole = {
         index
@@ -111,9 +147,10 @@ def test_packed_equals_the_reference_of_each(kernel: Kernel | None, batch: list[
             part = Streams(s[start:end], r[start:end], lambda start=start, end=end: normed((s + r)[start:end]))
             expected += bottleneck_reference(item, part) - s[start:end]
         found = s if result is None else result.t
-        torch.testing.assert_close(found[start:end], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found[start:end].double(), expected, rtol=tolerance, atol=tolerance)
         replaced = any(item.placement.replaces for item in edits)
         assert all((index in whole) == replaced for index in range(start, end))
+    return work
 
 
 def test_a_fusion_attends_over_its_children_beside_other_programs() -> None:
@@ -142,10 +179,8 @@ def test_a_fusion_attends_over_its_children_beside_other_programs() -> None:
     torch.testing.assert_close(t[3:], bottleneck_reference(children[0], Streams(s[3:], residual[3:])))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "silu", "tanh", "leakyrelu", "quick_gelu"])
-def test_the_native_kernel_activates_as_pytorch_does(activation: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    native = load_native(tmp_path_factory.getbasetemp() / "kernels", torch.float32, torch.device("cpu"))
-    assert native is not None
+@pytest.mark.parametrize("activation", ["linear", "relu", "gelu", "gelu_new", "silu", "tanh", "leakyrelu", "quick_gelu"])
+def test_activations_are_those_of_pytorch(activation: str, native: NativeEdits) -> None:
     spec = replace(SPEC, dtype="float32")
     torch.manual_seed(0)
     program = Program()
@@ -157,6 +192,24 @@ def test_the_native_kernel_activates_as_pytorch_does(activation: str, tmp_path_f
     s = torch.randn(3, HIDDEN)
     work = sublayer_work(StepEdits(bank, [(resident.slot, 0, 3)], native), SITE, HIDDEN)
     assert work is not None
-    assert work.groups[0].work.kernel is native
+    assert isinstance(work.groups[0], Group if activation in ("leakyrelu", "quick_gelu") else NativeGroup)
     streams = Streams(s, None)
     torch.testing.assert_close(run_sublayer(work, streams, bank.vectors).t, bottleneck_reference(item, streams))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_is_not_finite_stays_alone(dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory) -> None:
+    kernel = load_native(tmp_path_factory.getbasetemp() / "kernels", dtype, torch.device("cpu"))
+    placement = Placement("gelu", source="sum", residual="normed")
+    item = BottleneckEdit(placement, *torch.randn(2, 5, HIDDEN), after_weight=torch.randn(HIDDEN), weight=0.5)
+    program = Program()
+    program.add(SITE, item)
+    bank = Bank(replace(SPEC, dtype="float32"), capacity_bytes=1 << 20, max_slots=4, dtype=dtype, device=torch.device("cpu"))
+    resident = bank.admit(pack_program(program, program_id="p")).resident
+    assert resident is not None
+    work = sublayer_work(StepEdits(bank, [(resident.slot, 0, 6), (0, 6, 8)], kernel), SITE, HIDDEN)
+    assert work is not None
+    s, r = torch.randn(2, 8, HIDDEN).to(dtype)
+    s[1], r[3], s[7] = float("nan"), float("inf"), float("nan")
+    t = run_sublayer(work, Streams(s, r, lambda: normed(s + r)), bank.vectors).t
+    assert torch.isfinite(t).all(-1).tolist() == [row not in (1, 3, 7) for row in range(8)]
