@@ -33,7 +33,7 @@ def requests(base: Path, directory: Path) -> list[Request]:
     refs = [lower_directory(make_adapter(variants[name], "llama", base, directory / name), spec, name) for name in NAMES]
     prompts = [(refs[0], 1), (refs[1], 1), (refs[1], 6), (BASE, 6)]
     return [
-        greedy(f"{index}", [(index * 31 + 7 * at) % 250 + 5 for at in range(length)], ref, tokens=2)
+        greedy(f"{index}", [(index * 31 + 7 * at) % 250 + 5 for at in range(length)], ref, tokens=1)
         for index, (ref, length) in enumerate(prompts)
     ]
 
