@@ -1,4 +1,4 @@
-"""The Triton kernels compile for a GPU, and the engine needs no triton."""
+"""The Triton kernels compile for a GPU, and what chooses kernels needs no triton."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     assert set(names) == {"_shrink", "_expand", "_scale", "_shift", "_attend", "_join"}
 
 
-def test_the_engine_needs_no_triton(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['triton'] = None; import server.engine.engine, server.engine.encoder_engine"
+def test_the_choice_of_kernels_needs_no_triton(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['triton'] = None; import server.adapters.rows, server.engine.kernels.choice"
     run("-c", code, cache=tmp_path)

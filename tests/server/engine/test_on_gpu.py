@@ -20,6 +20,9 @@ from tests.conftest import TinyModels
 from tests.harness import Result, greedy, load_base_for_lowering, lower_directory, make_engine, run
 from tests.parity.variants import VARIANTS, make_adapter
 
+# The interpreter computes with NumPy, which warns of what is meant here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
 NAMES = ("patterns", "dora")
 
 
@@ -28,10 +31,10 @@ def requests(base: Path, directory: Path) -> list[Request]:
     spec = load_base_for_lowering(base)
     variants = {variant.name: variant for variant in VARIANTS}
     refs = [lower_directory(make_adapter(variants[name], "llama", base, directory / name), spec, name) for name in NAMES]
+    prompts = [(refs[0], 1), (refs[1], 1), (refs[1], 6), (BASE, 6)]
     return [
-        greedy(f"{index}-{length}", [(index * 31 + 7 * at) % 250 + 5 for at in range(length)], ref, tokens=2)
-        for index, ref in enumerate([*refs, BASE])
-        for length in (1, 6)
+        greedy(f"{index}", [(index * 31 + 7 * at) % 250 + 5 for at in range(length)], ref, tokens=1)
+        for index, (ref, length) in enumerate(prompts)
     ]
 
 

@@ -31,7 +31,7 @@ def test_vectors_equal_the_reference(width: int, dtype: torch.dtype, covered: li
     triton_vectors.shift_rows(found, VECTORS, work)
     reference.shift_rows(expected, VECTORS, work)
     truncates = dtype == torch.bfloat16 and DEVICE.type == "cpu"
-    tolerance = {"rtol": 2**-7 if truncates else 0.0, "atol": 1e-2 if truncates else 0.0, "equal_nan": True}
+    tolerance = {"rtol": 2**-7 if truncates else 0.0, "atol": 4e-2 if truncates else 0.0, "equal_nan": True}
     torch.testing.assert_close(scaled, reference.scale_rows(x, VECTORS, work), **tolerance)
     torch.testing.assert_close(found, expected, **tolerance)
     assert torch.isnan(found).sum() == 1
