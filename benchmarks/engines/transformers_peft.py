@@ -20,12 +20,13 @@ class TransformersPeft(Engine):
 
     def __init__(self, setup: Setup) -> None:
         warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet: Any = logging
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
         attention = setup.options.get("attention", "sdpa")
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            setup.base, dtype=getattr(torch, setup.dtype), attn_implementation=attention
-        ).eval()
+        loaded: Any = AutoModelForCausalLM
+        dtype = getattr(torch, setup.dtype)
+        self._model: Any = loaded.from_pretrained(setup.base, dtype=dtype, attn_implementation=attention).eval()
         self._names = {adapter: Path(adapter).name for adapter in setup.adapters}
         for adapter, name in self._names.items():
             if isinstance(self._model, PeftModel):
