@@ -52,8 +52,9 @@ def rewritten(text: str, parts: Mapping[str, str]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table; the first ``left`` columns hold words, the others numbers."""
-    rule = ["---"] * left + ["--:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]).replace("| --- |", "|---|")
+    rule = "|" + "|".join(["---"] * left + ["--:"] * (len(head) - left)) + "|"
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def machine_line(machine: Found, command: str) -> str:
