@@ -80,6 +80,7 @@ docs: $(VENV)/.ready ## write the generated tables of docs/
 	@$(PYTHON) -m venv $(@D)
 	@-$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir torch==2.13.0
 	@-$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir openvino-genai==2026.4.1.0 optimum-intel==2.2.0 nncf==3.4.0
+	@-$(@D)/bin/pip uninstall -q -y torchvision # comes along, built for another torch, and keeps transformers from importing
 	@touch $@
 
 .venv-bench-vllm_cpu/.ready:
