@@ -21,6 +21,7 @@ from server.adapters.sites import HeadSite, LinearSite, Site
 from server.engine import attention
 from server.engine import engine as engine_module
 from server.engine.engine import Engine
+from server.engine.kernels.native import Native
 
 _SMALL_CLASSES = ("RotaryEmbedding", "MLP")
 """What a family calls the modules whose own time, without the linears inside, is small operations."""
@@ -77,7 +78,12 @@ def clocked(engine: Engine) -> Iterator[StepClock]:
     plain = attention.paged_attention
     AttentionInterface.register(attention.NAME, clock.around(ATTENTION, plain))
     family = sys.modules[type(model).__module__]
-    patched = [(family, "apply_rotary_pos_emb", SMALL), (engine_module, "sample", SAMPLING)]
+    patched = [
+        (family, "apply_rotary_pos_emb", SMALL),
+        (Native, "rotate_and_keep", SMALL),
+        (attention.AttentionPlace, "attend", ATTENTION),
+        (engine_module, "sample", SAMPLING),
+    ]
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in patched if hasattr(owner, name)]
     for owner, name, part in patched:
         _clock(clock, part, owner, name)
