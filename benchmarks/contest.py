@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.engines.protocol import Setup
-from benchmarks.engines.remote import EngineFailed, Remote
+from benchmarks.engines.remote import ROOT, EngineFailed, Remote
 from benchmarks.machine import OUT, watched
 from benchmarks.results import Goal, Key, Run, judge, rows_of
 from benchmarks.work import BASE, WORKLOADS, Job, job
@@ -132,6 +132,8 @@ class Contest:
         self.write()
 
     def _refuse(self, engine: str, work: str, reason: str) -> None:
+        # Reasons end up on a page for others: where this checkout lies is not their business.
+        reason = reason.replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
         self.refused.append({"engine": engine, "work": work, "reason": reason})
         self._console.print(f"{engine} {work}: {reason}", markup=False)
         self.write()
