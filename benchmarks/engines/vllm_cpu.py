@@ -25,7 +25,7 @@ class VllmCpu(Engine):
         }
         lora: dict[str, Any] = {}
         if setup.options.get("lora"):
-            lora = {"enable_lora": True, "max_loras": 32, "max_cpu_loras": len(setup.adapters), "max_lora_rank": 16}
+            lora = {"enable_lora": True, "max_loras": 32, "max_cpu_loras": max(32, len(setup.adapters)), "max_lora_rank": 16}
         self._llm = LLM(
             setup.base,
             dtype=setup.dtype,
