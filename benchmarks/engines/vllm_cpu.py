@@ -17,6 +17,8 @@ class VllmCpu(Engine):
     def __init__(self, setup: Setup) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # By itself it keeps a core for its scheduler, which is half of a machine with two.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
