@@ -15,7 +15,7 @@ class VllmCpu(Engine):
     """All requests of a job at once, no prefix cache."""
 
     def __init__(self, setup: Setup) -> None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # By itself it keeps a core for its scheduler, which is half of a machine with two.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
