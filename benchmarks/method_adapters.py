@@ -73,11 +73,11 @@ def _each(shapes: Shapes, make: Callable[[int, int], dict[str, Tensor]], names: 
     }
 
 
-def lora(shapes: Shapes, r: Random) -> Files:
-    tensors = _each(shapes, lambda i, o: {"lora_A.weight": r(RANK, i), "lora_B.weight": r(o, RANK)})
+def lora(shapes: Shapes, r: Random, rank: int = RANK) -> Files:
+    tensors = _each(shapes, lambda i, o: {"lora_A.weight": r(rank, i), "lora_B.weight": r(o, rank)})
     # PEFT itself, which is measured too, goes by the names.
     targets = sorted({name.rpartition(".")[2] for name in shapes.linears})
-    return _peft("LORA", tensors, r=RANK, lora_alpha=RANK, bias="none", target_modules=targets)
+    return _peft("LORA", tensors, r=rank, lora_alpha=rank, bias="none", target_modules=targets)
 
 
 def dora(shapes: Shapes, r: Random) -> Files:
@@ -187,14 +187,22 @@ METHODS: dict[str, Callable[[Shapes, Random], Files]] = {
 }
 
 
-def write_method(method: str, base: Path, directory: Path, count: int) -> list[Path]:
-    """``count`` adapters of one method, as directories to push."""
+def write_method(
+    method: str, base: Path, directory: Path, count: int, *, name: str = "", rank: int = RANK, first: int = 0
+) -> list[Path]:
+    """``count`` adapters of one method as directories to push, ``NAME-0`` and on (or from ``first``), weights in bfloat16. ``rank``: LoRA's."""
     shapes, made = Shapes.read(base), []
-    for number in range(count):
-        config, tensors, weights = METHODS[method](shapes, Random(number))
-        path = directory / f"{method.lower().replace(' ', '-')}-{number}"
+    for number in range(first, first + count):
+        random = Random(number)
+        config, tensors, weights = lora(shapes, random, rank) if method == "LoRA" else METHODS[method](shapes, random)
+        path = directory / f"{name or slug(method)}-{number}"
         path.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path / weights)
+        save_file({key: tensor.bfloat16().contiguous() for key, tensor in tensors.items()}, path / weights)
         (path / "adapter_config.json").write_text(json.dumps(config))
         made.append(path)
     return made
+
+
+def slug(method: str) -> str:
+    """A method's name as adapters' names begin with it."""
+    return method.lower().replace(" ", "-")

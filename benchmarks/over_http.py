@@ -1,32 +1,27 @@
-"""Medley under load over real HTTP: all requests at once, tokens per second of the whole batch."""
+"""Load over real HTTP: all requests at once, and the time until the last answer is complete."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import httpx
 
-from benchmarks.work import NEW_TOKENS
 
-
-async def _one(client: httpx.AsyncClient, prompt: list[int], model: str, new_tokens: int) -> int:
-    body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
-    reply = await client.post("/v1/completions", json=body)
-    reply.raise_for_status()
-    return int(reply.json()["usage"]["completion_tokens"])
-
-
-async def _all(url: str, prompts: list[list[int]], models: list[str], new_tokens: int) -> float:
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+async def _all(url: str, path: str, bodies: Sequence[dict[str, Any]]) -> tuple[float, list[Any]]:
+    # As many connections as requests: a client's limit would hide the server's own queue.
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=900, limits=limits) as client:
         started = time.perf_counter()
-        made = await asyncio.gather(
-            *(_one(client, prompt, model, new_tokens) for prompt, model in zip(prompts, models, strict=True))
-        )
-        return sum(made) / (time.perf_counter() - started)
+        replies = await asyncio.gather(*(client.post(path, json=body) for body in bodies))
+        seconds = time.perf_counter() - started
+    for reply in replies:
+        reply.raise_for_status()
+    return seconds, [reply.json() for reply in replies]
 
 
-def tokens_per_second(url: str, prompts: list[list[int]], names: list[str], new_tokens: int = NEW_TOKENS) -> float:
-    """Request ``i`` goes to ``names[i % len(names)]``; no names: all to the base."""
-    models = [names[index % len(names)] if names else "base" for index in range(len(prompts))]
-    return asyncio.run(_all(url, prompts, models, new_tokens))
+def seconds_for_all(url: str, path: str, bodies: Sequence[dict[str, Any]]) -> tuple[float, list[Any]]:
+    """Post all bodies at once. Returns seconds and the answers' JSON; raises httpx.HTTPError when one is refused."""
+    return asyncio.run(_all(url, path, bodies))

@@ -1,119 +1,94 @@
-"""Tokens per second with 0, 1, 8 and 32 distinct adapters, Medley and PEFT in one run (``make bench``).
+"""Tokens per second of Medley and of others on the same work in one run (``make bench``, ``make bench-peers``).
 
-W1: 32 requests at once, 64 prompt tokens and 64 new ones each, greedy; adapters of rank 16 on all linears of SmolLM2-135M. Prints
-a table and writes ``benchmarks/out/throughput.json``. Machines are noisy: medians of several repeats, with their spread.
+Prints tables and writes ``benchmarks/out/throughput.json`` (peers: ``peers.json``; methods: ``methods.json``), each with notes on the machine beside
+it. Machines are noisy: medians of rounds with their spread, and ratios of neighbours in time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from benchmarks.method_adapters import write_method
-from benchmarks.over_http import tokens_per_second
-from benchmarks.work import prompts
-from examples.serving import running_server
-from medley_client import Medley
+from benchmarks.adapters import adapter_sets, weight_bytes
+from benchmarks.competitors import OWN, at_home, with_peers
+from benchmarks.contest import Competitor, Contest
+from benchmarks.engines.protocol import Setup
+from benchmarks.machine import describe
+from benchmarks.method_adapters import METHODS
+from benchmarks.results import GOALS, PEER_GOALS
+from benchmarks.work import BASE, MIXED_METHOD, W1
 from server.app import pick_dtype
 from server.engine.base_dir import prepare_base
-
-VARIANTS = (0, 1, 8, 32)
-OUT = Path(__file__).parent / "out"
+from server.engine.model import DTYPES
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure Medley and PEFT on the same work.")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of each of Medley's variants")
-    parser.add_argument("--peft-repeats", type=int, default=1, help="repeats of each of PEFT's variants, which take minutes")
-    parser.add_argument("--dtype", default="auto", help="precision of both engines")
+    parser = argparse.ArgumentParser(description="Measure Medley and others on the same work.")
+    parser.add_argument("--peers", action="store_true", help="measure the engines of `make bench-peers` too, and more workloads")
+    parser.add_argument("--methods", action="store_true", help="measure Medley alone, method by method, instead")
+    parser.add_argument("--only", default="", help="engines to measure, separated by commas (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds at most")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="start no round that would end later (default: 9, with peers 60)"
+    )
+    parser.add_argument("--dtype", default="auto", help="precision of all engines")
     parser.add_argument("--data-dir", type=Path, default=Path(".medley"))
     arguments = parser.parse_args()
     console = Console()
     dtype = pick_dtype(arguments.dtype)
+    machine = describe(dtype)
     base = prepare_base(None, arguments.data_dir, progress=console.print)
-    with tempfile.TemporaryDirectory() as scratch:
-        console.print(f"{os.cpu_count()} cores, {dtype}, load average {os.getloadavg()[0]:.1f}")
-        adapters = write_method("LoRA", base.path, Path(scratch), max(VARIANTS))
-        runs = {
-            ("medley", name): found
-            for name, found in measure_medley(Path(scratch), adapters, base.path, dtype, arguments.repeats).items()
-        }
-        console.print("peft (a few minutes)")
-        runs |= {
-            ("peft", name): found for name, found in measure_peft(base.path, Path(scratch), dtype, arguments.peft_repeats).items()
-        }
-    rows = [summary(engine, variant, found, statistics.median(runs[engine, "base"])) for (engine, variant), found in runs.items()]
-    OUT.mkdir(exist_ok=True)
-    (OUT / "throughput.json").write_text(json.dumps(rows, indent=2) + "\n")
-    console.print(table(rows))
-    return 0
-
-
-def measure_medley(scratch: Path, adapters: list[Path], base: Path, dtype: str, repeats: int) -> dict[str, list[float]]:
-    vocab = json.loads((base / "config.json").read_text())["vocab_size"]
-    runs: dict[str, list[float]] = {}
-    flags = ("--model", str(base), "--dtype", dtype, "--bank-bytes", "2GiB", "--host-bytes", "2GiB")
-    with running_server(scratch / "data", *flags) as url, Medley(url) as client:
-        names = [path.name for path in adapters]
-        for path in track(adapters, description="pushing adapters"):
-            client.adapters.push(path, path.name)
-        tokens_per_second(url, prompts(vocab, seed=1000), names)  # loads every adapter
-        for repeat in track(range(repeats), description="medley"):
-            for count in VARIANTS:
-                seed = repeat * 10 + count * 1000
-                runs.setdefault(str(count) if count else "base", []).append(
-                    tokens_per_second(url, prompts(vocab, seed=seed), names[:count])
-                )
-    return runs
-
-
-def measure_peft(base: Path, adapters: Path, dtype: str, repeats: int) -> dict[str, list[float]]:
-    command = [sys.executable, "-m", "benchmarks.with_peft", str(base), str(adapters), dtype, str(repeats)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, list[float]] = json.loads(finished.stdout.strip().splitlines()[-1])
-    return found
-
-
-def summary(engine: str, variant: str, runs: list[float], base: float) -> dict[str, Any]:
-    """One object of throughput.json. ``spread``: (fastest - slowest) / median."""
-    median = statistics.median(runs)
-    return {
-        "engine": engine,
-        "workload": "W1",
-        "variant": variant,
-        "tokens_per_s": round(median, 1),
-        "ratio_to_base": round(median / base, 3),
-        "spread": round((max(runs) - min(runs)) / median, 3),
-        "repeats": len(runs),
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    peft = {row["variant"]: row["tokens_per_s"] for row in rows if row["engine"] == "peft"}
-    made = Table(
-        "engine", "adapters", "tokens/s", "of own base", "spread", "times peft", title="W1: 32 x (64 + 64) tokens, greedy"
+    console.print("writing adapters, unless they are there")
+    sets = adapter_sets(base, arguments.data_dir)
+    adapters = {name: [str(path.resolve()) for path in paths] for name, paths in sets.items()}
+    cache = (arguments.data_dir / "bench").resolve()
+    setup = Setup(str(base.path.resolve()), base.digest, dtype, [], str(cache))
+    if arguments.methods:
+        name, goals = "methods", []
+        competitors = [Competitor("medley", "medley_http", OWN, {W1.name: (BASE, *METHODS, MIXED_METHOD)}, twice=True)]
+    elif arguments.peers:
+        # Adapters are stored in two bytes a weight and resident in the base's precision.
+        name, goals = "peers", [*GOALS, *PEER_GOALS]
+        competitors = with_peers(weight_bytes(sets["1"][0]) * DTYPES[dtype].itemsize // 2)
+    else:
+        name, goals, competitors = "throughput", [*GOALS], at_home()
+    if arguments.only:
+        competitors = [item for item in competitors if item.name in arguments.only.split(",")]
+    contest = Contest(name, setup, adapters, goals, machine)
+    contest.run(competitors, arguments.rounds, arguments.minutes or (60.0 if arguments.peers or arguments.methods else 9.0))
+    console.print(
+        f"{machine['cores']} cores, {dtype}, load average {machine['load_before']} before, {machine['load_after']} after"
     )
-    for row in rows:
-        times = row["tokens_per_s"] / peft[row["variant"]]
-        made.add_row(
-            row["engine"],
-            row["variant"],
-            f"{row['tokens_per_s']:.1f}",
-            f"{row['ratio_to_base']:.2f}",
-            f"{row['spread']:.0%}",
-            f"{times:.1f}x",
-        )
+    console.print(rows_table(contest.rows()))
+    if goals:
+        console.print(goals_table(contest.judged()))
+    for item in contest.refused:
+        console.print(f"not measured: {item['engine']} {item['work']}: {item['reason']}", markup=False)
+    return 0 if contest.runs else 1
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """All rows, for the terminal."""
+    made = Table("workload", "engine", "adapters", "tokens/s", "of own base", "spread", "others took")
+    for row in sorted(rows, key=lambda row: row["workload"]):
+        ratio = "–" if row["ratio_to_base"] is None else f"{row['ratio_to_base']:.2f}"
+        pace, spread, others = f"{row['tokens_per_s']:.1f}", f"{row['spread']:.0%}", f"{row['others']:.0%}"
+        made.add_row(row["workload"], row["engine"], row["variant"], pace, ratio, spread, others)
+    return made
+
+
+def goals_table(judged: Sequence[Mapping[str, Any]]) -> Table:
+    """Each goal and whether it is met, for the terminal."""
+    made = Table("goal", "at least", "measured", "met")
+    for item in judged:
+        value = "not measured" if item["value"] is None else f"{item['value']:.2f}"
+        made.add_row(item["goal"], f"{item['least']:g}", value, {None: "–", True: "yes", False: "NO"}[item["met"]])
     return made
 
 

@@ -93,8 +93,8 @@ class Churn:
     async def run(self) -> ChurnReport:
         """Stream and change for the time given, then delete everything and see that it is freed."""
         async with AsyncExitStack() as stack:
-            for tenant, key in self._keys.items():
-                http = httpx.AsyncClient(base_url=self._url, headers={"authorization": f"Bearer {key}"}, timeout=30)
+            for tenant, secret in self._keys.items():
+                http = httpx.AsyncClient(base_url=self._url, headers={"authorization": f"Bearer {secret}"}, timeout=30)
                 self._https[tenant] = await stack.enter_async_context(http)
             for key in self._streamed:
                 await self._push(key, self._content(key, 0.0))
@@ -145,7 +145,9 @@ class Churn:
         else:
             self.report.requests[kind] += 1
             self.report.checked_tokens += sum(len(choice.labels) for choice in reply.choices)
-            for content in possible - {None}:
+            for content in possible:
+                if content is None:
+                    continue
                 reference = self._adapters.says[content, prompt]
                 if all(reference.matches(choice) for choice in reply.choices):
                     self._seen.add(content)

@@ -41,7 +41,7 @@ class Memory:
 async def watched_memory() -> AsyncIterator[Memory]:
     """Watches the one server that this process started."""
     memory = Memory()
-    found = [(name, process) for process in psutil.Process().children(recursive=True) if (name := _name(process))]
+    found = [(name, process) for process in psutil.Process().children(recursive=True) if (name := process_name(process))]
 
     async def watch() -> None:
         while True:
@@ -56,7 +56,7 @@ async def watched_memory() -> AsyncIterator[Memory]:
         watcher.cancel()
 
 
-def _name(process: psutil.Process) -> str | None:
+def process_name(process: psutil.Process) -> str | None:
     """What a process is called, by the module that it runs."""
     line = process.cmdline()
     return _NAMES.get(line[line.index("-m") + 1]) if "-m" in line else None

@@ -10,9 +10,7 @@ import random
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from rich.progress import track
 
 from adapter_store.staging import StagedAdapter, Staging
 from adapter_store.store import Store
+from benchmarks.programs import at_hand
 from benchmarks.soak.small_lora import SmallLora
 from server.adapters.lowerer import LowererClient
 from server.engine.base_dir import BaseDir
@@ -76,7 +75,7 @@ async def fill(data_dir: Path, stock: Stock, base: BaseDir, dtype: str, kind: Sm
             with store.begin_upload() as staging:
                 staged = stage(staging, number)
                 with lowerer.using(((staged.digest, 1.0),), since=time.monotonic()):
-                    program = await lowerer.ensure(stock.tenant(number), staged.digest, partial(nullcontext, staged.paths))
+                    program = await lowerer.ensure(stock.tenant(number), staged.digest, at_hand(staged.paths))
                 programs[number], facts = program.path, program.facts
                 store.commit(stock.tenant(number), stock.name(number), staged, facts)
         rest = [number for number in range(stock.count) if number not in programs]
