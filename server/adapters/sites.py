@@ -79,6 +79,8 @@ class Site(nn.Module):
     def __init__(self, inner: nn.Module, spec: SiteSpec, state: SiteState, sublayer: Sublayer | None = None) -> None:
         super().__init__()
         self.inner = inner
+        self.run: Callable[..., Any] = inner.forward
+        """The original, without the search for hooks that calling a module begins with: there are none, and it takes longer than some operations."""
         self.spec = spec
         self.state = state
         self.sublayer = sublayer
@@ -117,7 +119,7 @@ class LinearSite(Site):
     def forward(self, x: Tensor) -> Tensor:
         edits = self.state.edits
         if edits is None:
-            return self.inner(x)  # type: ignore[no-any-return]
+            return self.run(x)  # type: ignore[no-any-return]
         y = self.edited(x, edits)
         if self.sublayer is None:
             return y
@@ -155,7 +157,7 @@ class LinearSite(Site):
 
     def base(self, x: Tensor, edits: StepEdits) -> Tensor:
         """``base(x)`` for rows ``(N, in)``; what the linear terms are added to."""
-        return self.inner(x)  # type: ignore[no-any-return]
+        return self.run(x)  # type: ignore[no-any-return]
 
 
 class HeadSite(LinearSite):
@@ -164,11 +166,11 @@ class HeadSite(LinearSite):
     def forward(self, x: Tensor) -> Tensor:
         edits = self.state.head_edits
         if edits is None:
-            return self.inner(x)  # type: ignore[no-any-return]
+            return self.run(x)  # type: ignore[no-any-return]
         return self.edited(x, edits)
 
     def base(self, x: Tensor, edits: StepEdits) -> Tensor:
-        y: Tensor = self.inner(x)
+        y: Tensor = self.run(x)
         for start, end, found in edits.extras(self.spec.name, "head"):
             if "weight" in found:
                 y[start:end] = F.linear(x[start:end], found["weight"], found.get("bias"))
@@ -183,7 +185,7 @@ class NormSite(Site):
     def forward(self, x: Tensor) -> Tensor:
         edits = self.state.edits
         if edits is None:
-            return self.inner(x)  # type: ignore[no-any-return]
+            return self.run(x)  # type: ignore[no-any-return]
         if "bottleneck" not in edits.kinds:
             return self._normed(x, edits)
         self.keep(x)
@@ -192,7 +194,7 @@ class NormSite(Site):
 
     def _normed(self, x: Tensor, edits: StepEdits) -> Tensor:
         """``x (1, T, …, width)``, or ``(T, width)`` in families that flatten; between T and the width there may be heads."""
-        y: Tensor = self.inner(x)
+        y: Tensor = self.run(x)
         runs = edits.extras(self.spec.name, "norm")
         if runs:
             given, made = (x, y) if x.dim() == 2 else (x[0], y[0])
@@ -229,7 +231,7 @@ class LayerSite(Site):
     """A whole layer: interventions on its output, at the first tokens of a sequence."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.inner(*args, **kwargs)
+        output = self.run(*args, **kwargs)
         edits = self.state.edits
         if edits is not None and (here := edits.extras(self.spec.name, "intervention")):
             hidden = output[0] if isinstance(output, tuple) else output
@@ -251,7 +253,7 @@ class EmbeddingSite(Site):
     """``out_scale * (E[id] + down[id] @ up)``, replaced rows, or a replaced table; then the module's own embedding scale."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        y = self.inner(ids)
+        y = self.run(ids)
         edits = self.state.edits
         if edits is None:
             return y  # type: ignore[no-any-return]

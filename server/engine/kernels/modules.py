@@ -21,12 +21,13 @@ class PackedLinear(nn.Module):
     def __init__(self, native: Native, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.packed = nn.Buffer(native.pack(weight))
-        self.bias = None if bias is None else nn.Buffer(bias.detach().float())
+        # Plain attributes: these modules never move, and a buffer is slower to look up.
+        self._packed = native.pack(weight)
+        self._bias = None if bias is None else bias.detach().float()
         self._native = native
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._native.linear(x, self.packed, self.bias, self.out_features)
+        return self._native.linear(x, self._packed, self._bias, self.out_features)
 
 
 class NativeRMSNorm(nn.Module):

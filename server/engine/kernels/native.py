@@ -64,11 +64,13 @@ class Native:
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
         """``F.linear(x, weight, bias)`` for ``x (…, in)`` and a packed weight; ``bias (out,)`` in float32."""
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
-        y = torch.empty((*x.shape[:-1], out_features), dtype=self.dtype)
-        self._linears[packed.dtype](
-            rows.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), *rows.shape, out_features
-        )
+        if x.dtype is not torch.float32 or not x.is_contiguous():
+            x = x.to(torch.float32).contiguous()
+        *leading, in_features = x.shape
+        y = torch.empty((*leading, out_features), dtype=self.dtype)
+        bias_address = None if bias is None else bias.data_ptr()
+        rows = x.numel() // in_features
+        self._linears[packed.dtype](x.data_ptr(), packed.data_ptr(), bias_address, y.data_ptr(), rows, in_features, out_features)
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
