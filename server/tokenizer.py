@@ -79,7 +79,7 @@ class Detokenizer:
         """The text that this token completes; empty while a character is unfinished.
 
         The library decodes everything since the last whole character again with each token. So it is not told of tokens that texts leave
-        out, and is given up on after MOST_UNFINISHED tokens that make no character: those are shown as U+FFFD.
+        out, and is given up on after MOST_UNFINISHED tokens of which not one character was made: those are shown as U+FFFD.
         """
         if self._tokenizer.is_unseen(token_id):
             return ""
@@ -87,9 +87,12 @@ class Detokenizer:
         self._unfinished = [] if text else [*self._unfinished, token_id]
         if len(self._unfinished) < MOST_UNFINISHED:
             return text
-        text, self._unfinished = self._tokenizer.decode(self._unfinished), []
-        self._stream = DecodeStream(skip_special_tokens=True)
-        return text
+        shown = self._tokenizer.decode(self._unfinished)
+        if set(shown) != {"\ufffd"}:
+            # Each token ends one character and begins the next: the text is whole, only never at a token's end.
+            return text
+        self._unfinished, self._stream = [], DecodeStream(skip_special_tokens=True)
+        return shown
 
 
 class StopText:

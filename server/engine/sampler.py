@@ -20,6 +20,8 @@ CANDIDATES = 128
 """How many of a row's best tokens are looked at first. Rows of which top-k, top-p and min-p may leave more are looked at once more."""
 _PART = 256
 """Vocabularies are searched by parts of so many tokens: first for the part, then within it."""
+_COLDEST = 1e-5
+"""Lower temperatures count as this one, at which the best token is certain and nothing overflows."""
 _UNSURE = 1e-6
 """How close to the border between two tokens a draw may fall before shares in fp32 cannot tell them apart: several times their error."""
 
@@ -37,7 +39,9 @@ def sample(logits: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, 
     for rows in (limited, [row for row in drawn if row not in limited]):
         if rows:
             chosen = [params[row] for row in rows]
-            temperatures = torch.tensor([[item.temperature] for item in chosen], dtype=logits.dtype, device=logits.device)
+            temperatures = torch.tensor(
+                [[max(item.temperature, _COLDEST)] for item in chosen], dtype=logits.dtype, device=logits.device
+            )
             scaled = (adjusted if len(rows) == len(sequences) else adjusted[rows]) / temperatures
             goals = [draws[row] for row in rows]
             found = _draw_limited(scaled, chosen, goals) if rows is limited else _draw(scaled, goals)
@@ -56,7 +60,7 @@ def sample_reference(logits: Tensor, sequences: list[Sequence], eos_token_ids: t
         if params.temperature == 0:
             tokens.append(int(adjusted.argmax()))
         else:
-            tokens.append(_draw_row(adjusted / params.temperature, params, sequence.random.random()))
+            tokens.append(_draw_row(adjusted / max(params.temperature, _COLDEST), params, sequence.random.random()))
     return tokens
 
 
@@ -180,6 +184,8 @@ def _draw_limited(scaled: Tensor, params: list[SamplingParams], draws: list[floa
     chosen = tokens.gather(1, places[:, None])[:, 0].tolist()
     for row in [row for row, done in enumerate(complete) if not done and looked_at < vocab]:
         enough = _enough(shares[row], params[row])
+        # A second look is the last one: rounded shares may never add up to a top-p that is next to 1, and then all is looked at.
+        enough = enough if candidates == CANDIDATES and enough > looked_at else vocab
         (chosen[row],) = _draw_limited(scaled[row : row + 1], params[row : row + 1], draws[row : row + 1], enough)
     return chosen
 

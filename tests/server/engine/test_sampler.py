@@ -164,3 +164,21 @@ def test_what_is_drawn_follows_the_distribution() -> None:
     expected = torch.tensor([4.0, 3.0, 2.0]) / 9 * 2000
     assert counts[3:].tolist() == [0, 0]
     assert ((counts[:3] - expected) ** 2 / expected).sum() < 27.6
+
+
+@pytest.mark.parametrize("top_p", [1 - 1e-7, 1 - 1e-8, math.nextafter(1, 0)])
+def test_a_top_p_next_to_one_ends(top_p: float) -> None:
+    """Shares in fp32 may add up to less than it, however many tokens are looked at."""
+    for seed in range(40):
+        params = SamplingParams(temperature=1.0, top_p=top_p, min_tokens=20, seed=seed)
+        token = sample(rows_of(1, seed, 1.0), [sequence(params, seed)], EOS)[0]
+        assert token not in EOS
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-40, 1e-300])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.9}])
+def test_the_coldest_draw_is_the_best_token(temperature: float, limits: dict[str, Any]) -> None:
+    logits = rows_of(6, 3, 4.0)
+    wanted = [SamplingParams(temperature=temperature, seed=row, **limits) for row in range(6)]
+    sequences = [sequence(params, row) for row, params in enumerate(wanted)]
+    assert sample(logits, sequences, EOS) == logits.argmax(-1).tolist()
