@@ -5,12 +5,17 @@ Programs of all tenants lie in one arena, so that a wrong offset would read anot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import get_args
 
 from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec, SiteSpec
+from server.adapters.ir import Stream
 from server.adapters.packed import BottleneckLayout, PackedProgram, SiteLayout
+
+STREAMS = get_args(Stream)
 
 
 def check_program(program: PackedProgram, spec: BaseSpec) -> None:
@@ -55,6 +60,11 @@ class _Check:
     def _check_bottleneck(self, site: str, item: BottleneckLayout) -> None:
         width = self._spec.hidden_size
         _natural(f"{site}: a bottleneck's rank", item.rank)
+        for field in ("source", "residual"):
+            if (found := getattr(item.placement, field)) not in STREAMS:
+                raise ValueError(f"{site}: a bottleneck's {field} is {found!r}; it must be one of {', '.join(STREAMS)}")
+        if type(item.weight) not in (int, float) or not math.isfinite(item.weight):
+            raise ValueError(f"{site}: a bottleneck's weight is {item.weight!r}; it must be a finite number")
         for field in ("down", "up"):
             self._check_rows(f"{site}: a bottleneck's {field}", getattr(item, field), item.rank, width)
         self._check_vector(f"{site}: a bottleneck's down_bias", item.down_bias, item.rank)

@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 def build_library(sources: Sequence[Path], cache_dir: Path, name: str) -> Path:
     """The shared library of these sources, compiled unless they, the headers beside them, the compiler and the processor are those of before.
 
-    Raises OSError or subprocess.SubprocessError where it cannot be built.
+    Raises OSError where it cannot be built, with what the compiler said.
     """
-    compiler = shutil.which("g++") or shutil.which("clang++")
+    compiler = shutil.which("g++")
     if compiler is None:
-        raise FileNotFoundError("no C++ compiler found (install g++)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout  # noqa: S603
+        raise FileNotFoundError("no C++ compiler found (install g++ 12 or later)")
+    version = _run([compiler, "--version"])
     headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
     texts = [path.read_bytes() for path in (*sources, *headers)]
     key = hashlib.sha256(b"\0".join([*texts, version, _processor(), " ".join(_FLAGS).encode()])).hexdigest()[:16]
@@ -43,16 +43,33 @@ def build_library(sources: Sequence[Path], cache_dir: Path, name: str) -> Path:
             [*_FLAGS, "-c", *(str(source.resolve()) for source in sources)],
             ["-shared", *objects, "-o", library.name],
         ):
-            subprocess.run([compiler, *command], cwd=scratch, capture_output=True, check=True, timeout=300)  # noqa: S603
-        os.replace(Path(scratch) / library.name, library)
+            _run([compiler, *command], Path(scratch))
+        made = Path(scratch) / library.name
+        with made.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(made, library)
     return library
 
 
+def _run(command: list[str], directory: Path | None = None) -> bytes:
+    try:
+        return subprocess.run(command, cwd=directory, capture_output=True, check=True, timeout=300).stdout  # noqa: S603
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        raise OSError(f"{command[0]} failed: {said[0] if said else error} (g++ 12 or later is needed)") from error
+    except subprocess.TimeoutExpired as error:
+        raise OSError(str(error)) from error
+
+
 def load_library(path: Path) -> ctypes.CDLL:
-    """A built library, on PyTorch's OpenMP runtime. Raises OSError when it does not load."""
+    """A built library, on PyTorch's OpenMP runtime. Raises OSError when it does not load; it is then built anew the next time."""
     for runtime in sorted((Path(torch.__file__).parent / "lib").glob("lib[gi]omp*.so*")):
         ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _processor() -> bytes:

@@ -10,7 +10,6 @@ import ctypes
 import logging
 import math
 import struct
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +34,12 @@ log = logging.getLogger(__name__)
 
 
 class NativeRuns(NamedTuple):
-    """Runs of rows and one record of addresses each, as the C++ reads them: ``bounds`` are pairs of int64 in ascending order."""
+    """Runs of rows and one record of addresses each, as the C++ reads them: ``bounds`` are pairs of int64 in ascending order, up to ``end``."""
 
     num_runs: int
     bounds: bytes
     records: bytes
+    end: int
 
 
 def join_runs(runs: Sequence[tuple[int, int, bytes]]) -> NativeRuns | None:
@@ -47,7 +47,7 @@ def join_runs(runs: Sequence[tuple[int, int, bytes]]) -> NativeRuns | None:
     if not runs:
         return None
     bounds = struct.pack(f"{2 * len(runs)}q", *(bound for start, end, _ in runs for bound in (start, end)))
-    return NativeRuns(len(runs), bounds, b"".join([record for _, _, record in runs]))
+    return NativeRuns(len(runs), bounds, b"".join([record for _, _, record in runs]), runs[-1][1])
 
 
 class NativeEdits:
@@ -59,15 +59,15 @@ class NativeEdits:
 
     def linear_before(self, x: Tensor, runs: NativeRuns) -> Tensor:
         """``rotate(in_scale * x)`` of the runs beside the other rows of ``x (N, in)`` as they are."""
-        x = self._rows(x)
+        x = self._rows(x, runs)
         out = torch.empty_like(x)
-        self._linear_before(x.data_ptr(), out.data_ptr(), *x.shape, *runs)
+        self._linear_before(x.data_ptr(), out.data_ptr(), *x.shape, *runs[:3])
         return out
 
     def linear_after(self, y: Tensor, x: Tensor, runs: NativeRuns) -> Tensor:
         """The base's output ``y (N, out)`` with the runs' other terms on ``x (N, in)``; ``y`` may be changed."""
-        x, y = self._rows(x), self._rows(y)
-        self._linear_after(x.data_ptr(), y.data_ptr(), *x.shape, y.shape[1], *runs)
+        x, y = self._rows(x, runs), self._rows(y)
+        self._linear_after(x.data_ptr(), y.data_ptr(), *x.shape, y.shape[1], *runs[:3])
         return y
 
     def bottlenecks(self, t: Tensor, sublayer: Tensor, residual: Tensor | None, normed: Tensor | None, runs: NativeRuns) -> None:
@@ -78,17 +78,20 @@ class NativeEdits:
             raise ValueError("the native kernel changes contiguous rows only")
         streams = [None if stream is None else self._rows(stream) for stream in (sublayer, residual, normed)]
         addresses = [None if stream is None else stream.data_ptr() for stream in streams]
-        self._bottlenecks(self._rows(t).data_ptr(), *addresses, *t.shape, *runs)
+        self._bottlenecks(self._rows(t, runs).data_ptr(), *addresses, *t.shape, *runs[:3])
 
     def norms(self, y: Tensor, x: Tensor, is_centered: bool, offset: float, eps: float, runs: NativeRuns) -> None:
         """Put the norms of the runs' rows of ``x (N, …, width)`` into those of ``y``, in place."""
         if not y.is_contiguous() or y.shape != x.shape:
             raise ValueError("the native kernel changes contiguous rows only")
-        x, width = self._rows(x), x.shape[-1]
+        x, width = self._rows(x, runs), x.shape[-1]
         vectors = math.prod(x.shape[1:-1])
-        self._norms(x.data_ptr(), self._rows(y).data_ptr(), x.shape[0], vectors, width, is_centered, offset, eps, *runs)
+        self._norms(x.data_ptr(), self._rows(y).data_ptr(), x.shape[0], vectors, width, is_centered, offset, eps, *runs[:3])
 
-    def _rows(self, rows: Tensor) -> Tensor:
+    def _rows(self, rows: Tensor, runs: NativeRuns | None = None) -> Tensor:
+        """Rows that may be read by their address, and written where the runs say. Raises ValueError when they may not."""
+        if runs is not None and runs.end > rows.shape[0]:
+            raise ValueError(f"runs end at row {runs.end} of {rows.shape[0]}")
         if rows.dtype != self._dtype or rows.device.type != "cpu":
             raise ValueError(f"the native kernel is for {self._dtype} on the CPU, not {rows.dtype} on {rows.device}")
         return rows.contiguous()
@@ -108,6 +111,6 @@ def load_native(cache_dir: Path, dtype: torch.dtype, device: torch.device) -> Na
         return None
     try:
         return NativeEdits(build_library(SOURCES, cache_dir, "edits"), dtype)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (OSError, AttributeError) as error:
         log.warning("the native kernels cannot be built or loaded, so the slower PyTorch ones run: %s", error)
         return None

@@ -10,8 +10,8 @@
 
 namespace {
 
-// Consecutive rows of one sequence that share a pass over its keys.
-constexpr int64_t RUN_ROWS = 8;
+// Consecutive rows of one sequence that share a pass over its keys: fewer where their lines of scores would take more than 16 MiB a thread.
+constexpr int64_t RUN_ROWS = 8, MAX_SCORES = 4 << 20;
 // Keys whose scores are computed together: each vector of a query is loaded once for them.
 constexpr int64_t KEYS = 4;
 // Vectors of an output that stay in registers while the values go by.
@@ -27,10 +27,11 @@ struct Shape {
     int64_t window;          // 0: none
 };
 
-std::vector<Run> runs_of(const int32_t* sequence_of, int64_t rows) {
+std::vector<Run> runs_of(const int32_t* sequence_of, const int32_t* lengths, int64_t rows, int64_t group) {
     std::vector<Run> runs;
     for (int64_t row = 0; row < rows; ++row) {
-        if (!runs.empty() && runs.back().count < RUN_ROWS && sequence_of[row] == sequence_of[row - 1])
+        const int64_t most = std::min(RUN_ROWS, MAX_SCORES / (group * lengths[row]));
+        if (!runs.empty() && runs.back().count < most && sequence_of[row] == sequence_of[row - 1])
             ++runs.back().count;
         else
             runs.push_back({row, 1});
@@ -160,7 +161,7 @@ void attend_run(T* out, const T* query, const T* keys, const T* values, const in
 template <typename T>
 void attend(T* out, const T* query, const T* keys, const T* values, const int32_t* tables, const int32_t* sequence_of, const int32_t* lengths, int64_t rows,
             const Shape& shape) {
-    const std::vector<Run> runs = runs_of(sequence_of, rows);
+    const std::vector<Run> runs = runs_of(sequence_of, lengths, rows, shape.heads / shape.kv_heads);
     const int64_t tasks = static_cast<int64_t>(runs.size()) * shape.kv_heads;
 #pragma omp parallel if (tasks > 1)
     {

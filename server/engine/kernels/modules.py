@@ -89,7 +89,8 @@ class RotaryAttention(nn.Module):
         state = place.state
         query, key, value = (self._heads(project(hidden_states)) for project in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[operator]
         if self._has_norms:
-            query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[operator]
+            # With the batch's dimension, as the original gives it: edits of norms count the rows that come after it.
+            query, key = self.q_norm(query[None])[0], self.k_norm(key[None])[0]  # type: ignore[operator]
         angles = (position_embeddings[0][0], position_embeddings[1][0])
         self._native.rotate_and_keep(query, key, value, angles, state.cache.layer(place.layer), state.batch.kv_slots)
         out = place.attend(query, self._rules)

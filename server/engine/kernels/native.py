@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ class Native:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """``F.rms_norm(x, weight.shape, weight, eps)``; ``weight (width,)`` in float32."""
-        x = x.contiguous()
+        x = self._own(x)
         y = torch.empty_like(x)
         width = x.shape[-1]
         self._norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
@@ -83,7 +82,9 @@ class Native:
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """``F.silu(gate) * up``, which may take the place of ``gate``."""
-        gate, up = gate.contiguous(), up.contiguous()
+        gate, up = self._own(gate), self._own(up)
+        if gate.shape != up.shape:
+            raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
         self._silu_mul(gate.data_ptr(), up.data_ptr(), gate.data_ptr(), gate.numel())
         return gate
 
@@ -99,9 +100,11 @@ class Native:
         """Rotary embedding as in Hugging Face's ``apply_rotary_pos_emb``, and what it is for: ``query (T, heads, d)`` is rotated in place, ``key``
         and ``value (T, kv_heads, d)`` go, the former rotated, to ``kv_slots (T,)`` of the caches ``(kv_heads, num_blocks, block_size, d)``.
         ``angles``: cosines and sines ``(T, d)``."""
-        cosines, sines = (angle.contiguous() for angle in angles)
+        cosines, sines, key, value = (self._own(tensor) for tensor in (*angles, key, value))
         rows, heads, width = query.shape
         keys, values = caches
+        if not (cosines.shape == sines.shape == (rows, width) and query.dtype == self.dtype and query.is_contiguous()):
+            raise ValueError(f"queries {tuple(query.shape)} cannot be rotated by angles {tuple(cosines.shape)}")
         self._rotate(
             *(tensor.data_ptr() for tensor in (query, key, value, cosines, sines, keys, values, kv_slots)),
             rows,
@@ -116,6 +119,7 @@ class Native:
     ) -> None:
         """An AttentionKernel."""
         kv_heads, num_blocks, block_size, width = key_cache.shape
+        query = self._own(query)
         self._attention(
             *(tensor.data_ptr() for tensor in (out, query, key_cache, value_cache, rows.tables, rows.sequence_of, rows.lengths)),
             query.shape[0],
@@ -130,6 +134,12 @@ class Native:
             rules.softcap or 0.0,
         )
 
+    def _own(self, tensor: Tensor) -> Tensor:
+        """A tensor that may be read by its address. Raises ValueError for another dtype or device."""
+        if tensor.dtype != self.dtype or tensor.device.type != "cpu":
+            raise ValueError(f"the native kernel is for {self.dtype} on the CPU, not {tensor.dtype} on {tensor.device}")
+        return tensor.contiguous()
+
 
 def load_native(cache_dir: Path, dtype: torch.dtype, device: torch.device) -> Native | None:
     """The kernels for a dtype, built on first use; None where they cannot be had, which costs speed and nothing else."""
@@ -137,6 +147,6 @@ def load_native(cache_dir: Path, dtype: torch.dtype, device: torch.device) -> Na
         return None
     try:
         return Native(build_library(SOURCES, cache_dir, "base"), dtype)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (OSError, AttributeError) as error:
         log.warning("the base runs on PyTorch's own, slower operations: %s", error)
         return None

@@ -39,6 +39,8 @@ FAULTS: dict[str, Callable[[PackedProgram], PackedProgram]] = {
     "an offset that is a fraction": lambda p: with_site(p, SITE, shift=0.5),
     "a shift beyond the end": lambda p: with_site(p, SITE, shift=p.vectors.numel() - 1),
     "an extra that is not there": lambda p: replace(p, extras={}),
+    "a stream that is none": lambda p: with_bottleneck(p, placement=replace(p.layouts[OUT].bottlenecks[0].placement, source="x")),
+    "a weight that is no number": lambda p: with_bottleneck(p, weight=float("nan")),
     "a bottleneck beyond the end": lambda p: with_bottleneck(p, up=p.rows.numel() // 32 * 32),
     "a bias beyond the end": lambda p: with_bottleneck(p, down_bias=p.vectors.numel()),
     "num_kv that is no number": lambda p: replace(p, prologue=PrologueLayout("x", 4)),  # type: ignore[arg-type]

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.adapters.ir import LinearEdit, NormEdit, Program
+from server.adapters.program_file import write_program
 from server.engine.kernels import GatheredAttention
 from server.engine.kernels.modules import GatedMLP, NativeRMSNorm, PackedLinear, RotaryAttention
-from server.engine.types import Task
+from server.engine.types import BASE, ProgramRef, Task
 from tests.conftest import TinyModels
-from tests.harness import ask, greedy, make_encoder, make_engine, run
+from tests.harness import ask, greedy, load_base_for_lowering, make_encoder, make_engine, run
 from tests.tiny import ENCODERS, FAMILIES
 
 # Of two layers: linears, norms, gated MLPs, rotary attentions.
@@ -65,6 +67,34 @@ def test_alone_is_packed_bit_for_bit(tiny_models: TinyModels, kernel_dir: Path, 
             assert other.tokens == alone.tokens
             assert torch.equal(torch.stack(other.logits), torch.stack(alone.logits))
         assert cached.num_cached_tokens == (len(request.prompt_token_ids) - 1) // 16 * 16
+
+
+def edited_everywhere(directory: Path, file: Path) -> ProgramRef:
+    """A program with a low-rank term at every linear and another weight in every norm."""
+    spec, program, generator = load_base_for_lowering(directory).spec, Program(), torch.Generator().manual_seed(5)
+    for site in spec.sites:
+        if site.kind == "linear":
+            down = torch.randn(3, site.in_features, generator=generator) * 0.3
+            program.add(site.name, LinearEdit(down=down, up=torch.randn(3, site.out_features, generator=generator) * 0.3))
+        elif site.kind == "norm":
+            program.add(site.name, NormEdit(weight=1 + 0.5 * torch.randn(site.out_features, generator=generator)))
+    write_program(file, program, program_id="everywhere", facts={})
+    return ProgramRef("everywhere", str(file))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edits_stay_with_their_rows(tiny_models: TinyModels, kernel_dir: Path, tmp_path: Path, family: str) -> None:
+    """Edits on native modules are what they are on the original ones, and the base's rows beside them are the base's."""
+    directory = tiny_models(family)
+    program = edited_everywhere(directory, tmp_path / "everywhere.safetensors")
+    requests = [greedy(str(seed), [3 + seed, *range(20, 20 + 9 * seed)], (BASE, program)[seed % 2], tokens=6) for seed in range(5)]
+    wanted, found = run(make_engine(directory), requests), run(make_engine(directory, kernel_dir=str(kernel_dir)), requests)
+    alone = run(make_engine(directory, kernel_dir=str(kernel_dir)), [request for request in requests if request.program == BASE])
+    for name, result in wanted.items():
+        assert found[name].tokens == result.tokens
+        torch.testing.assert_close(torch.stack(found[name].logits), torch.stack(result.logits), rtol=1e-3, atol=1e-3)
+        if name in alone:
+            assert torch.equal(torch.stack(found[name].logits), torch.stack(alone[name].logits))
 
 
 @pytest.mark.parametrize("family", ENCODERS)
