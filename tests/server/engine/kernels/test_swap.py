@@ -87,7 +87,9 @@ def test_edits_stay_with_their_rows(tiny_models: TinyModels, kernel_dir: Path, t
     """Edits on native modules are what they are on the original ones, and the base's rows beside them are the base's."""
     directory = tiny_models(family)
     program = edited_everywhere(directory, tmp_path / "everywhere.safetensors")
-    requests = [greedy(str(seed), [3 + seed, *range(20, 20 + 9 * seed)], (BASE, program)[seed % 2], tokens=6) for seed in range(5)]
+    requests = [
+        greedy(str(seed), [3 + seed, *range(20, 20 + 9 * seed)], (BASE, program)[seed % 2], tokens=6) for seed in range(5)
+    ]
     wanted, found = run(make_engine(directory), requests), run(make_engine(directory, kernel_dir=str(kernel_dir)), requests)
     alone = run(make_engine(directory, kernel_dir=str(kernel_dir)), [request for request in requests if request.program == BASE])
     for name, result in wanted.items():
