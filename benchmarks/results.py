@@ -123,8 +123,9 @@ def _value(goal: Goal, found: Mapping[Key, Mapping[str, Any]]) -> float | None:
     if not goal.engines:
         return mine["ratio_to_base"]  # type: ignore[no-any-return]
     keys = {engine: Key(engine, goal.workload, goal.variant) for engine in goal.engines}
-    theirs = {engine: found[key]["tokens_per_s"] for engine, key in keys.items() if key in found}
+    theirs: dict[str, float] = {engine: found[key]["tokens_per_s"] for engine, key in keys.items() if key in found}
     # Peft runs everywhere: alone it does not stand for the peers.
     if not theirs or (set(theirs) == {"peft"} and len(keys) > 1):
         return None
-    return round(mine["tokens_per_s"] / max(theirs.values()), 2)
+    ours: float = mine["tokens_per_s"]
+    return round(ours / max(theirs.values()), 2)
