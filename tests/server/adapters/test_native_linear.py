@@ -15,10 +15,11 @@ from server.adapters.apply import EditCache, Run, StepEdits
 from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec
 from server.adapters.ir import LinearEdit, Program
-from server.adapters.kernels import Kernel, NativeEdits, load_native
+from server.adapters.kernels import Kernel
 from server.adapters.linear import SiteWork
 from server.adapters.native_linear import NativeLinearWork
 from server.adapters.packed import PackedProgram, pack_program
+from tests.server.adapters.conftest import native
 
 IN, OUT, SITE = 24, 40, "linear"
 SPEC = BaseSpec(
@@ -36,17 +37,6 @@ SPEC = BaseSpec(
 )
 TERMS = ("low_rank", "in_scale", "out_scale", "shift", "pairs", "rotation", "shared_rotation", "dense", "kron")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
-
-
-@pytest.fixture(scope="module")
-def kernel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "kernels"
-
-
-def native(kernel_dir: Path, dtype: torch.dtype) -> NativeEdits:
-    kernel = load_native(kernel_dir, dtype, torch.device("cpu"))
-    assert kernel is not None, "the machine that runs the tests has a C++ compiler"
-    return kernel
 
 
 def linear_edit(terms: frozenset[str], seed: int, dtype: torch.dtype) -> LinearEdit:

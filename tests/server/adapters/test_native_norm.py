@@ -10,23 +10,12 @@ from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from server.adapters.kernels import NativeEdits, load_native
 from server.adapters.native_norm import native_norm_work, norm_form
 from server.adapters.norm import NormRun, norm_work
+from tests.server.adapters.conftest import native
 
 WIDTH = 20
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(scope="module")
-def kernel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "kernels"
-
-
-def native(kernel_dir: Path, dtype: torch.dtype) -> NativeEdits:
-    kernel = load_native(kernel_dir, dtype, torch.device("cpu"))
-    assert kernel is not None, "the machine that runs the tests has a C++ compiler"
-    return kernel
 
 
 def norms() -> list[nn.Module]:

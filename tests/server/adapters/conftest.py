@@ -1,0 +1,22 @@
+"""The native kernels of edits, built once for all tests of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.adapters.kernels import NativeEdits, load_native
+
+
+@pytest.fixture(scope="session")
+def kernel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp() / "kernels"
+
+
+def native(kernel_dir: Path, dtype: torch.dtype) -> NativeEdits:
+    """The kernels for a dtype."""
+    kernel = load_native(kernel_dir, dtype, torch.device("cpu"))
+    assert kernel is not None, "the machine that runs the tests has a C++ compiler"
+    return kernel
