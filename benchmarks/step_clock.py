@@ -101,8 +101,7 @@ def _clock_site(clock: StepClock, site: Site) -> None:
     is_linear = isinstance(site, LinearSite | HeadSite)
     kind = LINEARS if is_linear else REST if site.spec.kind in ("layer", "embedding") else SMALL
     _clock(clock, EDITS, site, "forward")
-    inner = site.inner
-    _clock(clock, kind, inner, "forward")
+    _clock(clock, kind, site, "run")
 
 
 def _clock(clock: StepClock, part: str, owner: Any, name: str) -> None:
