@@ -29,35 +29,102 @@ inline Pair weights_at(const uint32_t* panel, int64_t k) {
 inline int64_t panel_elements(const float*, int64_t in) { return in * PANEL; }
 inline int64_t panel_elements(const uint32_t*, int64_t in) { return in * LANES; }
 
-// sums (ROWS, PANEL) += x (ROWS, count) · panel (count, PANEL)
-template <int ROWS, typename W>
-void tile(const float* x, int64_t stride, const W* panel, int64_t count, float* sums) {
-    Vec first[ROWS], second[ROWS];
+// Bytes of weights that are asked for ahead of those in use: what is read once must not be waited for.
+constexpr int64_t AHEAD = 4096;
+
+// sums (ROWS, PANELS * PANEL) += x (ROWS, count) · PANELS panels (count, PANEL), `between` elements apart.
+template <int ROWS, int PANELS, bool IS_FIRST, typename W>
+void tile(const float* x, int64_t stride, const W* panel, int64_t between, int64_t count, float* sums) {
+    Vec first[ROWS][PANELS], second[ROWS][PANELS];
 #pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row) first[row] = load(sums + row * PANEL), second[row] = load(sums + row * PANEL + LANES);
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 16
+        for (int p = 0; p < PANELS; ++p) {
+            const float* from = sums + (row * PANELS + p) * PANEL;
+            first[row][p] = load(from), second[row][p] = load(from + LANES);
+        }
     for (int64_t k = 0; k < count; ++k) {
-        const Pair w = weights_at(panel, k);
 #pragma GCC unroll 16
-        for (int row = 0; row < ROWS; ++row) {
-            const Vec input = splat(x[row * stride + k]);
-            first[row] += input * w.first;
-            second[row] += input * w.second;
+        for (int p = 0; p < PANELS; ++p) {
+            const W* here = panel + p * between;
+            const Pair w = weights_at(here, k);
+            if constexpr (IS_FIRST) __builtin_prefetch(reinterpret_cast<const char*>(here + panel_elements(here, k)) + AHEAD);
+#pragma GCC unroll 16
+            for (int row = 0; row < ROWS; ++row) {
+                const Vec input = splat(x[row * stride + k]);
+                first[row][p] = multiply_add(input, w.first, first[row][p]);
+                second[row][p] = multiply_add(input, w.second, second[row][p]);
+            }
         }
     }
 #pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row) store(first[row], sums + row * PANEL), store(second[row], sums + row * PANEL + LANES);
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 16
+        for (int p = 0; p < PANELS; ++p) {
+            float* to = sums + (row * PANELS + p) * PANEL;
+            store(first[row][p], to), store(second[row][p], to + LANES);
+        }
 }
 
-template <int ROWS, typename W>
+template <int ROWS, bool IS_FIRST, typename W>
 void tile_of(int64_t rows, const float* x, int64_t stride, const W* panel, int64_t count, float* sums) {
     if (rows == ROWS)
-        tile<ROWS>(x, stride, panel, count, sums);
+        tile<ROWS, 1, IS_FIRST>(x, stride, panel, 0, count, sums);
     else if constexpr (ROWS > 1)
-        tile_of<ROWS - 1>(rows, x, stride, panel, count, sums);
+        tile_of<ROWS - 1, IS_FIRST>(rows, x, stride, panel, count, sums);
+}
+
+// What `rows` rows (from x on) of a panel come to, in `sums (rows, PANEL)`.
+template <typename W>
+void panel_sums(const float* x, int64_t rows, int64_t in, const W* panel, float* sums) {
+    const int64_t tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    std::memset(sums, 0, sizeof(float) * rows * PANEL);
+    for (int64_t k = 0; k < in; k += BLOCK_INPUTS) {
+        const W* weights = panel + panel_elements(panel, k);
+        const int64_t count = std::min(BLOCK_INPUTS, in - k);
+        for (int64_t t = 0; t < tiles; ++t) {
+            // Tiles of nearly equal height: the last one would else be too low to keep the processor busy.
+            const int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
+            if (t == 0)
+                tile_of<MAX_TILE_ROWS, true>(height, x + k, in, weights, count, sums);
+            else
+                tile_of<MAX_TILE_ROWS, false>(height, x + first * in + k, in, weights, count, sums + first * PANEL);
+        }
+    }
+}
+
+template <typename T>
+void finish(const float* sums, int64_t stride, const float* bias, T* y, int64_t rows, int64_t out, int64_t panel) {
+    const int64_t first = panel * PANEL, width = std::min(PANEL, out - first);
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t o = 0; o < width; ++o) narrow(sums[row * stride + o] + (bias ? bias[first + o] : 0.0f), y + row * out + first + o);
+}
+
+// Few rows: what takes the time is reading, and several panels at once are read faster than one after the other.
+template <int ROWS, int PANELS, typename W, typename T>
+void linear_of_few(const float* x, const W* packed, const float* bias, T* y, int64_t in, int64_t out) {
+    const int64_t panels = (out + PANEL - 1) / PANEL, tasks = (panels + PANELS - 1) / PANELS, size = panel_elements(packed, in);
+    const int64_t piece = std::max<int64_t>(1, tasks / 32);
+#pragma omp parallel for schedule(dynamic, piece) if (in * out > 65536)
+    for (int64_t task = 0; task < tasks; ++task) {
+        alignas(64) float sums[ROWS * PANELS * PANEL] = {};
+        const int64_t panel = task * PANELS, here = std::min<int64_t>(PANELS, panels - panel);
+        if (here == PANELS)
+            tile<ROWS, PANELS, true>(x, in, packed + panel * size, size, in, sums);
+        else
+            for (int64_t p = 0; p < here; ++p) {
+                alignas(64) float alone[ROWS * PANEL] = {};
+                tile<ROWS, 1, true>(x, in, packed + (panel + p) * size, 0, in, alone);
+                for (int row = 0; row < ROWS; ++row) std::copy_n(alone + row * PANEL, PANEL, sums + (row * PANELS + p) * PANEL);
+            }
+        for (int64_t p = 0; p < here; ++p) finish(sums + p * PANEL, PANELS * PANEL, bias, y, ROWS, out, panel + p);
+    }
 }
 
 template <typename W, typename T>
 void linear(const float* x, const W* packed, const float* bias, T* y, int64_t rows, int64_t in, int64_t out) {
+    if (rows == 1) return linear_of_few<1, MAX_TILE_ROWS>(x, packed, bias, y, in, out);
+    if (rows == 2) return linear_of_few<2, MAX_TILE_ROWS / 2>(x, packed, bias, y, in, out);
     const int64_t panels = (out + PANEL - 1) / PANEL, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     // Pieces small enough that a thread which the machine holds up leaves its share to the others.
     const int64_t piece = std::max<int64_t>(1, panels * blocks / 32);
@@ -65,20 +132,8 @@ void linear(const float* x, const W* packed, const float* bias, T* y, int64_t ro
     for (int64_t task = 0; task < panels * blocks; ++task) {
         alignas(64) float sums[BLOCK_ROWS * PANEL];
         const int64_t start = task / panels * BLOCK_ROWS, panel = task % panels, count = std::min(BLOCK_ROWS, rows - start);
-        const int64_t tiles = (count + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
-        std::memset(sums, 0, sizeof(float) * count * PANEL);
-        for (int64_t k = 0; k < in; k += BLOCK_INPUTS) {
-            const W* weights = packed + panel * panel_elements(packed, in) + panel_elements(packed, k);
-            for (int64_t t = 0; t < tiles; ++t) {
-                // Tiles of nearly equal height: the last one would else be too low to keep the processor busy.
-                const int64_t first = count * t / tiles, height = count * (t + 1) / tiles - first;
-                tile_of<MAX_TILE_ROWS>(height, x + (start + first) * in + k, in, weights, std::min(BLOCK_INPUTS, in - k), sums + first * PANEL);
-            }
-        }
-        const int64_t width = std::min(PANEL, out - panel * PANEL);
-        for (int64_t row = 0; row < count; ++row)
-            for (int64_t o = 0; o < width; ++o)
-                narrow(sums[row * PANEL + o] + (bias ? bias[panel * PANEL + o] : 0.0f), y + (start + row) * out + panel * PANEL + o);
+        panel_sums(x + start * in, count, in, packed + panel * panel_elements(packed, in), sums);
+        finish(sums, PANEL, bias, y + start * out, count, out, panel);
     }
 }
 

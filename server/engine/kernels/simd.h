@@ -1,7 +1,11 @@
-// Vectors of fp32 as wide as the machine has them, in the compiler's own vector types: no intrinsics, one source for all processors.
+// Vectors of fp32 as wide as the machine has them, in the compiler's own vector types: one source for all processors.
 #pragma once
 #include <cstdint>
 #include <cstring>
+
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
@@ -49,6 +53,17 @@ inline Vec load(const BFloat16* at) {
 inline void store(Vec value, float* at) { *reinterpret_cast<VecAt*>(at) = value; }
 inline void store(Vec value, BFloat16* at) {
     for (int64_t lane = 0; lane < LANES; ++lane) narrow(value[lane], at + lane);
+}
+
+// a * b + c, rounded once wherever the processor can: left to the compiler, which of two loops does so is its choice, and with it the last bit.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
 }
 
 // x - 0 is x for every x, which the compiler knows; x + 0 is not (of -0).
