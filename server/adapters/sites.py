@@ -120,7 +120,10 @@ class LinearSite(Site):
         edits = self.state.edits
         if edits is None:
             return self.run(x)  # type: ignore[no-any-return]
-        y = self.edited(x, edits)
+        return self.finished(self.edited(x, edits), edits)
+
+    def finished(self, y: Tensor, edits: StepEdits) -> Tensor:
+        """The linear's result ``y (…, out)``, its linear terms included, with what else is added here. ``y`` may be changed."""
         if self.sublayer is None:
             return y
         if self.state.side:

@@ -57,6 +57,14 @@ class NativeEdits:
         self._dtype = dtype
         self._linear_before, self._linear_after, self._bottlenecks, self._norms = _functions(library, _SUFFIXES[dtype])
 
+    @property
+    def linear_addresses(self) -> tuple[int, int]:
+        """Where the functions behind ``linear_before`` and ``linear_after`` are, for kernels that call them between operations of their own."""
+        before, after = (
+            ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (self._linear_before, self._linear_after)
+        )
+        return before, after
+
     def linear_before(self, x: Tensor, runs: NativeRuns) -> Tensor:
         """``rotate(in_scale * x)`` of the runs beside the other rows of ``x (N, in)`` as they are."""
         x = self._rows(x, runs)

@@ -5,29 +5,18 @@ Children keep their names, so that sites attach where they always do. Which clas
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from server.adapters.apply import StepEdits
+from server.adapters.sites import LinearSite, NormSite
 from server.engine.attention import AttentionPlace
-from server.engine.kernels.native import Native
+from server.engine.kernels.blocks import block_linears
+from server.engine.kernels.native import BlockLinears, HeadNorms, Native
 from server.engine.kernels.paged import Rules
-
-
-class PackedLinear(nn.Module):
-    """A linear of ``weight (out, in)``, which is kept in the kernel's order only."""
-
-    def __init__(self, native: Native, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        # Plain attributes: these modules never move, and a buffer is slower to look up.
-        self._packed = native.pack(weight)
-        self._bias = None if bias is None else bias.detach().float()
-        self._native = native
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._native.linear(x, self._packed, self._bias, self.out_features)
 
 
 class NativeRMSNorm(nn.Module):
@@ -38,47 +27,95 @@ class NativeRMSNorm(nn.Module):
         self.weight = weight
         self.variance_epsilon = eps
         self._own = weight.detach()
-        self._wide = self._own.float()
+        self.wide = self._own.float()
         self._native = native
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.data_ptr() == self._own.data_ptr():
-            return self._native.rms_norm(x, self._wide, self.variance_epsilon)
+            return self._native.rms_norm(x, self.wide, self.variance_epsilon)
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * normed.to(x.dtype)
 
 
-class GatedMLP(nn.Module):
+class _Block(nn.Module):
+    """A module of several linears that one native call can run, with what a step's programs do at them; ``projections`` in the call's order."""
+
+    projections: tuple[str, ...]
+
+    def __init__(self, native: Native) -> None:
+        super().__init__()
+        self._native = native
+        self._children: list[nn.Module] = []
+        self._plain: BlockLinears | None = None
+
+    @property
+    def edits(self) -> StepEdits | None:
+        """The running step's."""
+        last = self.linears[-1]
+        return last.state.edits if isinstance(last, LinearSite) else None
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """The projections as they are once sites are attached: looked up at the first call, since a module finds its children slowly."""
+        if not self._children:
+            self._children = [self.get_submodule(name) for name in self.projections]
+        return self._children
+
+    def together(self, edits: StepEdits | None) -> BlockLinears | None:
+        """The linears of a step for the native call; None: call the modules."""
+        if edits is None:
+            if self._plain is None:
+                self._plain = block_linears(self.linears, None)
+            return self._plain
+        last = self.linears[-1]
+        assert isinstance(last, LinearSite)
+        return edits.once(f"{last.spec.name} together", lambda: self._edited(edits))
+
+    def _edited(self, edits: StepEdits) -> BlockLinears | None:
+        return block_linears(self.linears, edits)
+
+    def finished(self, y: Tensor, edits: StepEdits | None) -> Tensor:
+        """The call's result with what is added after the last linear."""
+        last = self.linears[-1]
+        return y if edits is None or not isinstance(last, LinearSite) else last.finished(y, edits)
+
+
+class GatedMLP(_Block):
     """``down_proj(silu(gate_proj(x)) * up_proj(x))`` with the children of the module that it replaces."""
 
+    projections = ("gate_proj", "up_proj", "down_proj")
+
     def __init__(self, native: Native, original: nn.Module) -> None:
-        super().__init__()
-        for name in ("gate_proj", "up_proj", "down_proj"):
+        super().__init__(native)
+        for name in self.projections:
             self.add_module(name, original.get_submodule(name))
-        self._native = native
 
     def forward(self, x: Tensor) -> Tensor:
+        edits = self.edits
+        together = self.together(edits)
+        if together is not None:
+            return self.finished(self._native.gated_mlp(x, together), edits)
         return self.down_proj(self._native.silu_mul(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return, operator]
 
 
-class RotaryAttention(nn.Module):
+class RotaryAttention(_Block):
     """Self-attention with rotary embedding over the paged cache: projections, one call that rotates and stores, one that attends.
 
     The children of the module that it replaces, query and key norms (Qwen3) among them. ``medley_attention`` is set by the runner.
     """
 
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     medley_attention: AttentionPlace
 
     def __init__(self, native: Native, original: nn.Module, window: int | None) -> None:
-        super().__init__()
+        super().__init__(native)
         for name, child in original.named_children():
             self.add_module(name, child)
         self.layer_idx: int = original.layer_idx  # type: ignore[assignment]
         self.head_dim: int = original.head_dim  # type: ignore[assignment]
         self._rules = Rules(original.scaling, window)  # type: ignore[arg-type]
         self._has_norms = hasattr(original, "q_norm")
-        self._native = native
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None, **_: Any
@@ -86,15 +123,39 @@ class RotaryAttention(nn.Module):
         if attention_mask is not None:
             raise TypeError("paged attention does not implement masks")
         place = self.medley_attention
-        state = place.state
+        state, edits = place.state, self.edits
+        angles = (position_embeddings[0][0], position_embeddings[1][0])
+        # A kernel that was chosen for itself attends itself.
+        together = self.together(edits) if state.kernel == self._native.attention else None
+        if together is not None:
+            cache, batch = state.cache.layer(place.layer), state.batch
+            y = self._native.attention_block(
+                hidden_states, together, angles, cache, batch.kv_slots, batch.paged, self._rules, self._head_norms
+            )
+            return self.finished(y, edits), None
         query, key, value = (self._heads(project(hidden_states)) for project in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[operator]
         if self._has_norms:
             # With the batch's dimension, as the original gives it: edits of norms count the rows that come after it.
             query, key = self.q_norm(query[None])[0], self.k_norm(key[None])[0]  # type: ignore[operator]
-        angles = (position_embeddings[0][0], position_embeddings[1][0])
         self._native.rotate_and_keep(query, key, value, angles, state.cache.layer(place.layer), state.batch.kv_slots)
         out = place.attend(query, self._rules)
         return self.o_proj(out.view(1, out.shape[0], -1)), None  # type: ignore[operator]
+
+    def _edited(self, edits: StepEdits) -> BlockLinears | None:
+        norms = [norm for norm in (self.q_norm, self.k_norm) if isinstance(norm, NormSite)] if self._has_norms else []
+        if edits.extras(self.medley_attention.site, "side") or any(edits.extras(norm.spec.name, "norm") for norm in norms):
+            return None
+        return super()._edited(edits)
+
+    @cached_property
+    def _head_norms(self) -> HeadNorms | None:
+        """What the native call needs of the norms of queries and keys."""
+        if not self._has_norms:
+            return None
+        query, key = (norm.inner if isinstance(norm, NormSite) else norm for norm in (self.q_norm, self.k_norm))
+        assert isinstance(query, NativeRMSNorm)
+        assert isinstance(key, NativeRMSNorm)
+        return HeadNorms(query.wide, key.wide, query.variance_epsilon)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """``(1, T, heads * head_dim)`` → ``(T, heads, head_dim)``."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +19,36 @@ from server.adapters.kernels.build import build_library, load_library
 from server.engine.kernels.paged import PagedRows, Rules
 
 _DIRECTORY = Path(__file__).parent
-SOURCES = tuple(_DIRECTORY / name for name in ("linear.cpp", "attention.cpp", "rows.cpp"))
+SOURCES = tuple(_DIRECTORY / name for name in ("linear.cpp", "attention.cpp", "rows.cpp", "blocks.cpp"))
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 log = logging.getLogger(__name__)
+
+
+BLOCK_PARTS = ("linears", "edits", "small", "attention")
+_ATTENTION = struct.Struct("4qd2qd11q")
+
+
+class BlockLinears(NamedTuple):
+    """A block's linears and what a step's programs do at them: ``records`` and ``edits`` are the structures that ``blocks.cpp`` reads, ``held``
+    what their addresses lie in. The last linear makes ``out_features`` of ``inner_features``. Runs of rows end at ``num_rows`` or before."""
+
+    records: bytes
+    edits: bytes
+    inner_features: int
+    out_features: int
+    num_rows: int
+    held: tuple[object, ...]
+
+
+class HeadNorms(NamedTuple):
+    """Root-mean-square norms of every head's query and key: weights ``(head_dim,)`` in float32."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
 
 
 class Native:
@@ -43,6 +68,10 @@ class Native:
         self._silu_mul = self._bound(f"silu_mul_{suffix}", 3, 1)
         self._rotate = self._bound(f"rotate_and_keep_{suffix}", 8, 5)
         self._attention = self._bound(f"attention_{suffix}", 7, 7, _FLOAT, _INTEGER, _FLOAT)
+        self._mlp_block = self._bound(f"gated_mlp_{suffix}", 5, 1)
+        self._attention_block = self._bound(f"attention_block_{suffix}", 6, 1)
+        self.block_seconds: Tensor | None = None
+        """Float64 ``(len(BLOCK_PARTS),)``: what the parts of blocks take is added here, where somebody wants to know."""
 
     def _bound(self, name: str, pointers: int, integers: int, *others: Any) -> Any:
         function = getattr(self._library, name)
@@ -133,6 +162,61 @@ class Native:
             rules.window or 0,
             rules.softcap or 0.0,
         )
+
+    def gated_mlp(self, x: Tensor, linears: BlockLinears) -> Tensor:
+        """``down(silu(gate(x)) * up(x))`` for ``x (…, hidden)``, every linear with its edits."""
+        x, y = self._block_rows(x, linears)
+        self._mlp_block(linears.records, linears.edits, x.data_ptr(), y.data_ptr(), self._clock(), x.numel() // x.shape[-1])
+        return y
+
+    def attention_block(
+        self,
+        x: Tensor,
+        linears: BlockLinears,
+        angles: tuple[Tensor, Tensor],
+        caches: tuple[Tensor, Tensor],
+        kv_slots: Tensor,
+        rows: PagedRows,
+        rules: Rules,
+        norms: HeadNorms | None,
+    ) -> Tensor:
+        """``output(attention(query(x), key(x), value(x)))`` for ``x (…, hidden)``, every linear with its edits; queries and keys are normed,
+        rotated by ``angles`` and kept as ``rotate_and_keep`` says, and attend as an AttentionKernel does."""
+        if rules.softcap is not None:
+            raise ValueError("the native block caps no scores")
+        x, y = self._block_rows(x, linears)
+        cosines, sines = (self._own(tensor) for tensor in angles)
+        keys, values = caches
+        kv_heads, num_blocks, block_size, width = keys.shape
+        count = x.numel() // x.shape[-1]
+        if not cosines.shape == sines.shape == (count, width):
+            raise ValueError(f"{count} rows cannot be rotated by angles {tuple(cosines.shape)}")
+        attention = _ATTENTION.pack(
+            linears.inner_features // width,
+            kv_heads,
+            width,
+            rules.window or 0,
+            rules.scaling,
+            *((0, 0, 0.0) if norms is None else (norms.query.data_ptr(), norms.key.data_ptr(), norms.eps)),
+            keys.data_ptr(),
+            values.data_ptr(),
+            num_blocks,
+            block_size,
+            *(tensor.data_ptr() for tensor in (cosines, sines, kv_slots, rows.tables, rows.sequence_of, rows.lengths)),
+            rows.tables.shape[1],
+        )
+        self._attention_block(linears.records, linears.edits, attention, x.data_ptr(), y.data_ptr(), self._clock(), count)
+        return y
+
+    def _block_rows(self, x: Tensor, linears: BlockLinears) -> tuple[Tensor, Tensor]:
+        """What a block reads, and what it writes."""
+        x = self._own(x)
+        if linears.num_rows > x.numel() // x.shape[-1]:
+            raise ValueError(f"runs end at row {linears.num_rows} of {x.numel() // x.shape[-1]}")
+        return x, torch.empty((*x.shape[:-1], linears.out_features), dtype=self.dtype)
+
+    def _clock(self) -> int | None:
+        return None if self.block_seconds is None else self.block_seconds.data_ptr()
 
     def _own(self, tensor: Tensor) -> Tensor:
         """A tensor that may be read by its address. Raises ValueError for another dtype or device."""

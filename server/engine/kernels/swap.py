@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.engine.kernels.modules import GatedMLP, NativeRMSNorm, PackedLinear, RotaryAttention
+from server.engine.kernels.modules import GatedMLP, NativeRMSNorm, RotaryAttention
 from server.engine.kernels.native import Native
+from server.engine.kernels.packed_linear import PackedLinear
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _NORMS = frozenset(f"{family}RMSNorm" for family in (*_FAMILIES, "Phi3"))

@@ -11,7 +11,8 @@ import torch
 from server.adapters.ir import LinearEdit, NormEdit, Program
 from server.adapters.program_file import write_program
 from server.engine.kernels import GatheredAttention
-from server.engine.kernels.modules import GatedMLP, NativeRMSNorm, PackedLinear, RotaryAttention
+from server.engine.kernels.modules import GatedMLP, NativeRMSNorm, RotaryAttention
+from server.engine.kernels.packed_linear import PackedLinear
 from server.engine.types import BASE, ProgramRef, Task
 from tests.conftest import TinyModels
 from tests.harness import ask, greedy, load_base_for_lowering, make_encoder, make_engine, run

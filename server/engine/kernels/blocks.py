@@ -1,0 +1,57 @@
+"""The linears of a block with what a step's programs do at them, as ``blocks.cpp`` reads them. Knows sites and records, not what a block computes.
+
+A block takes the native way when all that its programs edit in it are linears; what comes after its last linear (bottlenecks) may be
+anything. Otherwise its modules are called one by one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+
+from torch import nn
+
+from server.adapters.apply import StepEdits
+from server.adapters.kernels import NativeRuns
+from server.adapters.native_linear import NativeLinearWork
+from server.adapters.sites import LinearSite
+from server.engine.kernels.native import BlockLinears
+from server.engine.kernels.packed_linear import PackedLinear
+
+_LINEAR = struct.Struct("11q")
+
+
+def block_linears(projections: Sequence[nn.Module], edits: StepEdits | None) -> BlockLinears | None:
+    """A block's linears in their order for a step; None where one of them is no native linear, or has work between its neighbours and itself
+    that the native kernels do not know."""
+    records, held, addresses, num_rows, features = [], list[object](), (0, 0), 0, (0, 0)
+    for projection in projections:
+        site = projection if isinstance(projection, LinearSite) else None
+        base = projection if site is None else site.inner
+        if not isinstance(base, PackedLinear) or (
+            site is not None and site.sublayer is not None and projection is not projections[-1]
+        ):
+            return None
+        work = None
+        if edits is not None and site is not None:
+            work = edits.linear(site.spec.name, base.in_features, base.out_features)
+        if work is not None and not isinstance(work, NativeLinearWork):
+            return None
+        runs = (None, None) if work is None else (work.input_terms, work.output_terms)
+        if work is not None:
+            addresses = work.kernel.linear_addresses
+        records.append(_LINEAR.pack(*base.addresses, base.in_features, base.out_features, *_side(runs[0]), *_side(runs[1])))
+        num_rows = max([num_rows, *(side.end for side in runs if side is not None)])
+        held += [base, *runs]
+        features = (base.in_features, base.out_features)
+    return BlockLinears(b"".join(records), struct.pack("2q", *addresses), *features, num_rows, tuple(held))
+
+
+def _side(runs: NativeRuns | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if runs is None else (runs.num_runs, _address(runs.bounds), _address(runs.records))
+
+
+def _address(data: bytes) -> int:
+    """Where the bytes are, as long as they live."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
