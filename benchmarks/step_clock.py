@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface
 
@@ -21,8 +22,9 @@ from server.adapters.sites import HeadSite, LinearSite, Site
 from server.engine import attention
 from server.engine import engine as engine_module
 from server.engine.engine import Engine
-from server.engine.kernels.native import Native
+from server.engine.kernels.native import BLOCK_PARTS, Native
 
+_BLOCK_PARTS = tuple({"linears": LINEARS, "edits": EDITS, "small": SMALL, "attention": ATTENTION}[part] for part in BLOCK_PARTS)
 _SMALL_CLASSES = ("RotaryEmbedding", "MLP")
 """What a family calls the modules whose own time, without the linears inside, is small operations."""
 
@@ -34,6 +36,8 @@ class StepClock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._parts: list[str] = []
         self._since = 0.0
+        self.blocks = torch.zeros(len(_BLOCK_PARTS), dtype=torch.float64)
+        """What native blocks took, by part; their clocks count it for the rest until ``take``."""
 
     def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, its own time counted for ``part``."""
@@ -49,6 +53,10 @@ class StepClock:
 
     def take(self) -> dict[str, float]:
         """What was counted, and start again. Call outside all clocks."""
+        for part, seconds in zip(_BLOCK_PARTS, self.blocks.tolist(), strict=True):
+            self._seconds[part] += seconds
+            self._seconds[REST] -= seconds
+        self.blocks.zero_()
         taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken
 
@@ -87,6 +95,8 @@ def clocked(engine: Engine) -> Iterator[StepClock]:
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in patched if hasattr(owner, name)]
     for owner, name, part in patched:
         _clock(clock, part, owner, name)
+    if engine._kernels.native is not None:
+        _clock_blocks(clock, engine._kernels.native)
     _clock(clock, REST, engine, "step")
     try:
         yield clock
@@ -109,3 +119,10 @@ def _clock(clock: StepClock, part: str, owner: Any, name: str) -> None:
     function = getattr(owner, name, None)
     if function is not None:
         setattr(owner, name, clock.around(part, function))
+
+
+def _clock_blocks(clock: StepClock, native: Native) -> None:
+    """Blocks that are one native call tell themselves what their parts took."""
+    native.block_seconds = clock.blocks = torch.zeros(len(_BLOCK_PARTS), dtype=torch.float64)
+    _clock(clock, REST, native, "gated_mlp")
+    _clock(clock, REST, native, "attention_block")

@@ -123,8 +123,8 @@ void linear_of_few(const float* x, const W* packed, const float* bias, T* y, int
 
 template <typename W, typename T>
 void linear(const float* x, const W* packed, const float* bias, T* y, int64_t rows, int64_t in, int64_t out) {
-    if (rows == 1) return linear_of_few<1, MAX_TILE_ROWS>(x, packed, bias, y, in, out);
-    if (rows == 2) return linear_of_few<2, MAX_TILE_ROWS / 2>(x, packed, bias, y, in, out);
+    if (rows == 1) return linear_of_few<1, 6>(x, packed, bias, y, in, out);
+    if (rows == 2) return linear_of_few<2, 3>(x, packed, bias, y, in, out);
     const int64_t panels = (out + PANEL - 1) / PANEL, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     // Pieces small enough that a thread which the machine holds up leaves its share to the others.
     const int64_t piece = std::max<int64_t>(1, panels * blocks / 32);
