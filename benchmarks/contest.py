@@ -6,13 +6,13 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from benchmarks.engines.protocol import Setup
 from benchmarks.engines.remote import ROOT, EngineFailed, Remote
@@ -67,19 +67,14 @@ class Contest:
     def run(self, competitors: Sequence[Competitor], rounds: int, minutes: float) -> None:
         """Measure for at most so many rounds, and start none that would end after ``minutes``; there is always one."""
         try:
-            for number, competitor in enumerate(track(competitors, description="starting and warming up")):
-                self._start(number, competitor)
             for count in range(rounds):
                 began = time.monotonic()
-                turns = [
-                    (number, competitor, workload, variant)
-                    for number, competitor in enumerate(competitors)
-                    if not (competitor.once and count)
-                    for workload, variant in competitor.turns()
-                ]
-                for number, competitor, workload, variant in track(turns, description=f"round {count + 1}"):
-                    if number in self._remotes:
-                        self._measure(number, Key(competitor.name, workload, variant), count)
+                present = [(number, item) for number, item in enumerate(competitors) if not (item.once and count)]
+                with Progress(console=self._console) as progress:
+                    task = progress.add_task(f"round {count + 1}", total=sum(len(item.turns()) for _, item in present))
+                    for number, competitor in present:
+                        for _ in self._take_turns(number, competitor, count):
+                            progress.advance(task)
                 took = time.monotonic() - began
                 if time.monotonic() - self._started + took > 60 * minutes:
                     break
@@ -104,6 +99,17 @@ class Contest:
         notes = {"machine": self._machine, "goals": self.judged(), "refused": self.refused}
         (OUT / f"{self._name}.json").write_text(json.dumps(self.rows(), indent=2) + "\n")
         (OUT / f"{self._name}-notes.json").write_text(json.dumps(notes, indent=2) + "\n")
+
+    def _take_turns(self, number: int, competitor: Competitor, count: int) -> Iterator[None]:
+        """One competitor's part of a round. One that runs once leaves its memory to the others afterwards."""
+        if not count:
+            self._start(number, competitor)
+        for workload, variant in competitor.turns():
+            if number in self._remotes:
+                self._measure(number, Key(competitor.name, workload, variant), count)
+            yield
+        if competitor.once and number in self._remotes:
+            self._remotes.pop(number).close()
 
     def _start(self, number: int, competitor: Competitor) -> None:
         remote = Remote(competitor.module, competitor.python, OUT / "logs" / f"{number}-{competitor.module}.log")
