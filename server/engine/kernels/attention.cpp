@@ -47,13 +47,13 @@ void dots(const float* query, const T* keys, int64_t width, float* scores) {
     for (; i + LANES <= width; i += LANES) {
         const Vec q = load(query + i);
 #pragma GCC unroll 4
-        for (int key = 0; key < COUNT; ++key) acc[key] += q * load(keys + key * width + i);
+        for (int key = 0; key < COUNT; ++key) acc[key] = multiply_add(q, load(keys + key * width + i), acc[key]);
     }
     const Vec4 found = sums(acc[0], acc[1], acc[2], acc[3]);
 #pragma GCC unroll 4
     for (int key = 0; key < COUNT; ++key) {
         float score = found[key];
-        for (int64_t rest = i; rest < width; ++rest) score += query[rest] * widen(keys[key * width + rest]);
+        for (int64_t rest = i; rest < width; ++rest) score = std::fma(query[rest], widen(keys[key * width + rest]), score);
         scores[key] = score;
     }
 }
@@ -104,14 +104,14 @@ void weigh(const float* weights, const T* values, int64_t count, int64_t width, 
             for (int64_t key = 0; key < count; ++key) {
                 const Vec weight = splat(weights[key]);
 #pragma GCC unroll 8
-                for (int v = 0; v < OUT_VECTORS; ++v) acc[v] += weight * load(from + key * width + v * LANES);
+                for (int v = 0; v < OUT_VECTORS; ++v) acc[v] = multiply_add(weight, load(from + key * width + v * LANES), acc[v]);
             }
 #pragma GCC unroll 8
             for (int v = 0; v < OUT_VECTORS; ++v) store(acc[v], to + v * LANES);
         } else {
             for (int64_t key = 0; key < count; ++key)
                 for (int64_t v = 0; v < here; ++v)
-                    store(load(to + v * LANES) + splat(weights[key]) * load(from + key * width + v * LANES), to + v * LANES);
+                    store(multiply_add(splat(weights[key]), load(from + key * width + v * LANES), load(to + v * LANES)), to + v * LANES);
         }
     }
 }
@@ -151,7 +151,7 @@ void attend_run(T* out, const T* query, const T* keys, const T* values, const in
             if (key >= end) continue;
             weigh(line + key, here + key * width, end - key, width, vectors, sums + q * width);
             for (int64_t i = vectors * LANES; i < width; ++i)
-                for (int64_t k = key; k < end; ++k) sums[q * width + i] += line[k] * widen(here[k * width + i]);
+                for (int64_t k = key; k < end; ++k) sums[q * width + i] = std::fma(line[k], widen(here[k * width + i]), sums[q * width + i]);
         }
     }
     for (int64_t q = 0; q < queries; ++q)
