@@ -117,14 +117,14 @@ class StepEdits:
             rank = item.matrices.rank
             if not rank:
                 continue
-            if item.end - item.start >= self._long_run or down is None or up is None:
-                first, second = item.resident.rows_offset + item.matrices.down, item.resident.rows_offset + item.matrices.up
+            is_base_dtype = item.resident.rows_dtype is bank.rows.dtype
+            if item.end - item.start >= self._long_run or down is None or up is None or not is_base_dtype:
                 long_runs.append(
                     LongRun(
                         item.start,
                         item.end,
-                        bank.rows[first : first + rank * in_features].view(rank, in_features),
-                        bank.rows[second : second + rank * out_features].view(rank, out_features),
+                        bank.matrix(item.resident, item.matrices.down, rank, in_features),
+                        bank.matrix(item.resident, item.matrices.up, rank, out_features),
                         self._bias(item),
                     )
                 )

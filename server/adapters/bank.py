@@ -1,8 +1,8 @@
 """Device storage of resident programs. Knows sizes and references; not what an edit means.
 
 Two flat arenas with fixed addresses, ``rows`` (base dtype) and ``vectors`` (fp32), hold what all programs are mostly made of, at
-their true size; the few other tensors are kept per program. A slot is the index of a resident program; slot 0 is the base, which
-holds nothing.
+their true size (two numbers of a program in bf16 take one element of an fp32 arena); the few other tensors are kept per program. A slot
+is the index of a resident program; slot 0 is the base, which holds nothing.
 
 What goes when room is needed is ``eviction``'s business. Room that lies in pieces is not evicted for but pushed together: programs slide
 down into gaps, between two steps, also those in use. Since the budget counts what programs take in the arenas, rounding included, room by
@@ -29,7 +29,8 @@ from server.adapters.packed import PackedProgram, PrologueLayout, SiteLayout, Ta
 @dataclass(frozen=True, slots=True)
 class Resident:
     """A program in the bank, at this place, where it takes ``nbytes``. ``serial`` is never used twice, unlike ``slot``: one that moved has a
-    new one. ``kinds`` are its edits' beside those of linears: ``norm``, ``bottleneck``, …; what a step has none of costs it nothing."""
+    new one. ``num_rows`` are elements of the arena, whose dtype need not be that of its matrices, ``rows_dtype``. ``kinds`` are its edits'
+    beside those of linears: ``norm``, ``bottleneck``, …; what a step has none of costs it nothing."""
 
     program_id: str
     slot: int
@@ -43,6 +44,7 @@ class Resident:
     head: TaskHeadLayout | None
     num_rows: int
     num_vectors: int
+    rows_dtype: torch.dtype
     nbytes: int
     kinds: frozenset[str]
 
@@ -75,7 +77,9 @@ class _Claim:
 
 
 class Bank:
-    """Admits, pins and evicts programs under one byte budget and a number of slots. ``copies`` bounds what a step copies and moves."""
+    """Admits, pins and evicts programs under one byte budget and a number of slots. ``copies`` bounds what a step copies and moves.
+    ``keeps_bf16``: matrices that were packed in bf16 stay so, for kernels that read them beside the base's dtype; otherwise all become that.
+    """
 
     def __init__(
         self,
@@ -85,11 +89,13 @@ class Bank:
         max_slots: int,
         dtype: torch.dtype,
         device: torch.device,
+        keeps_bf16: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.capacity_bytes = capacity_bytes
         self.max_slots = max_slots
         self.unit = alignment(spec)
+        self._keeps_bf16 = keeps_bf16
         vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         # Either as large as all may take together, which costs address space only.
         self._rows = Arena(capacity_bytes, self.unit, dtype=dtype, device=device)
@@ -127,7 +133,7 @@ class Bank:
 
     def footprint(self, program: PackedProgram) -> int:
         """The bytes that a program takes in the bank."""
-        flat = self._rows.nbytes(program.rows.numel()) + self._vectors.nbytes(program.vectors.numel())
+        flat = self._rows.nbytes(self._num_rows(program)) + self._vectors.nbytes(program.vectors.numel())
         return flat + sum(tensor.nbytes for tensor in program.extras.values())
 
     def room_beside_pins(self, program_id: str) -> int:
@@ -212,6 +218,19 @@ class Bank:
         """The ``rows`` arena as ``(n, width)``, or None when programs are not aligned to this width."""
         return self.rows.view(-1, width) if self.unit % width == 0 else None
 
+    def matrix(self, resident: Resident, offset: int, rank: int, width: int) -> Tensor:
+        """A program's matrix ``(rank, width)`` in the base's dtype: a view of the arena, or a copy where it is held in another."""
+        held = self.rows[resident.rows_offset : resident.rows_offset + resident.num_rows].view(resident.rows_dtype)
+        return held[offset : offset + rank * width].view(rank, width).to(self.rows.dtype)
+
+    def _rows_dtype(self, program: PackedProgram) -> torch.dtype:
+        """What a program's matrices are held in."""
+        return torch.bfloat16 if self._keeps_bf16 and program.rows.dtype is torch.bfloat16 else self.rows.dtype
+
+    def _num_rows(self, program: PackedProgram) -> int:
+        """Elements of the arena that a program's matrices take."""
+        return -(-program.rows.numel() * self._rows_dtype(program).itemsize // self.rows.itemsize)
+
     def _must_wait(self, program_id: str, tenant: str | None, footprint: int) -> bool:
         """Whether another program's claim goes first."""
         if self._claim is None or self._claim.program_id == program_id:
@@ -249,14 +268,14 @@ class Bank:
         rows = vectors = None
         resident = None
         try:
-            rows = self._rows.allocate(program.rows.numel(), self.copies, self._moved_rows)
+            rows = self._rows.allocate(self._num_rows(program), self.copies, self._moved_rows)
             if rows is not None:
                 vectors = self._vectors.allocate(program.vectors.numel(), self.copies, self._moved_vectors)
             if rows is not None and vectors is not None and self.copies.allows(self.footprint(program)):
                 resident = self._install(program, rows, vectors)
         finally:
             if resident is None and rows is not None:
-                self._rows.release(rows, program.rows.numel())
+                self._rows.release(rows, self._num_rows(program))
             if resident is None and vectors is not None:
                 self._vectors.release(vectors, program.vectors.numel())
         return resident
@@ -278,10 +297,12 @@ class Bank:
         return self._serial
 
     def _install(self, program: PackedProgram, rows: int, vectors: int) -> Resident:
-        # From pinned memory these copies run beside the host; they are in order with the step that reads them.
-        self.rows[rows : rows + program.rows.numel()].copy_(program.rows, non_blocking=True)
+        device, num_rows, rows_dtype = self.rows.device, self._num_rows(program), self._rows_dtype(program)
+        place = self.rows[rows : rows + num_rows].view(rows_dtype)[: program.rows.numel()]
+        # From pinned memory these copies run beside the host, and the device widens; they are in order with the step that reads them.
+        given = program.rows if program.rows.dtype is rows_dtype else program.rows.to(device, non_blocking=True)
+        place.copy_(given, non_blocking=True)
         self.vectors[vectors : vectors + program.vectors.numel()].copy_(program.vectors, non_blocking=True)
-        device = self.rows.device
         # Copies on the CPU, too: a view would keep the whole of the host's copy.
         extras = {name: tensor.to(device, non_blocking=True, copy=True) for name, tensor in program.extras.items()}
         # Nothing below can fail.
@@ -296,8 +317,9 @@ class Bank:
             invocation_tokens=program.invocation_tokens,
             prologue=program.prologue,
             head=program.head,
-            num_rows=program.rows.numel(),
+            num_rows=num_rows,
             num_vectors=program.vectors.numel(),
+            rows_dtype=rows_dtype,
             nbytes=self.footprint(program),
             kinds=frozenset(kind for layout in program.layouts.values() for kind in layout.kinds),
         )

@@ -151,21 +151,17 @@ def _group(edits: StepEdits, placement: Placement, members: list[Member], hidden
 
 
 def _fusion(bank: Bank, resident: Resident, layout: SiteLayout, hidden: int) -> tuple[tuple[BottleneckEdit, ...], FusionEdit]:
-    """A fusion and its children as edits, whose tensors are views of the bank's. A child's own residual and last norm have no say."""
+    """A fusion and its children as edits, whose tensors are the bank's. A child's own residual and last norm have no say."""
 
     def vector(offset: int | None, length: int) -> Tensor | None:
         start = resident.vectors_offset + (offset or 0)
         return None if offset is None else bank.vectors[start : start + length]
 
-    def matrix(offset: int, rank: int) -> Tensor:
-        start = resident.rows_offset + offset
-        return bank.rows[start : start + rank * hidden].view(rank, hidden)
-
     children = tuple(
         BottleneckEdit(
             item.placement,
-            matrix(item.down, item.rank),
-            matrix(item.up, item.rank),
+            bank.matrix(resident, item.down, item.rank, hidden),
+            bank.matrix(resident, item.up, item.rank, hidden),
             vector(item.down_bias, item.rank),
             vector(item.up_bias, hidden),
             vector(item.before_weight, hidden),

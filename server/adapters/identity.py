@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-LOWERING_VERSION = 2
+LOWERING_VERSION = 3
 """Bumped whenever lowering changes what a program holds; it is part of every program id."""
 
 BASE_PROGRAM = "base"

@@ -21,7 +21,7 @@ from server.adapters.packed import BottleneckLayout
 from server.adapters.rows import NORM_EPS
 from server.adapters.streams import Streams
 
-_RECORD = struct.Struct("13q2d")
+_RECORD = struct.Struct("14q2d")
 _STREAMS = {"sublayer": 0, "residual": 1, "sum": 2, "normed": 3}
 _ACTIVATIONS = {"linear": 0, "relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "silu": 4, "swish": 4, "tanh": 5}
 
@@ -91,6 +91,7 @@ def _pack(records: NativeRecords, member: Member) -> bytes:
         records.matrix(resident, layout.down),
         records.matrix(resident, layout.up),
         layout.rank,
+        records.is_bf16(resident),
         *(records.vector(resident, offset) for offset in vectors),
         _STREAMS[placement.source],
         _STREAMS[placement.residual],

@@ -17,7 +17,7 @@ from server.adapters.kernels import NativeEdits, NativeRuns, join_runs
 from server.adapters.native_records import NativeRecords
 from server.adapters.packed import SiteLayout
 
-_RECORD = struct.Struct("16q")
+_RECORD = struct.Struct("17q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ def _pack(records: NativeRecords, resident: Resident, layout: SiteLayout, in_fea
         records.matrix(resident, layout.down),
         records.matrix(resident, layout.up),
         layout.rank,
+        records.is_bf16(resident),
         _address(rotation),
         block,
         0 if rotation is None else int(rotation.shape[0] == 1),

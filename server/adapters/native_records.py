@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from server.adapters.bank import Bank, Resident
@@ -43,9 +44,13 @@ class NativeRecords:
         return 0 if offset is None else vectors.data_ptr() + (resident.vectors_offset + offset) * vectors.itemsize
 
     def matrix(self, resident: Resident, offset: int) -> int:
-        """The address of a program's matrix."""
+        """The address of a program's matrix, whose numbers are of ``resident.rows_dtype``."""
         rows = self._bank.rows
-        return rows.data_ptr() + (resident.rows_offset + offset) * rows.itemsize
+        return rows.data_ptr() + resident.rows_offset * rows.itemsize + offset * resident.rows_dtype.itemsize
+
+    def is_bf16(self, resident: Resident) -> int:
+        """Whether a program's matrices are in bf16, as the kernels read it."""
+        return int(resident.rows_dtype is torch.bfloat16)
 
     def loose(self, resident: Resident, layout: SiteLayout, name: str) -> Tensor | None:
         """A tensor that a site has of its own, fit to be read by its address. Raises ValueError when it is not."""

@@ -1,8 +1,10 @@
 """Packed programs: every matrix and vector laid out so that admission to the bank is one copy each. Knows no file.
 
 Every low-rank matrix lies in one flat tensor, ``rows``, and every vector in another, ``vectors``; so that making a program
-resident is one contiguous copy each. Offsets count elements. A matrix of width ``w`` starts at a multiple of ``w``, so that in an
-arena whose programs start at multiples of ``alignment(spec)`` it can also be read as rows ``arena.view(-1, w)[offset // w + i]``.
+resident is one contiguous copy each. On an fp32 base, matrices that bf16 holds exactly, such as those of adapters that were trained in it,
+are laid out in bf16, which halves what loading them and computing with them reads. Offsets count elements. A matrix of width ``w`` starts
+at a multiple of ``w``, so that in an arena whose programs start at multiples of ``alignment(spec)`` it can also be read as rows
+``arena.view(-1, w)[offset // w + i]``.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec
+from server.adapters.flat import Flat, shortened
 from server.adapters.ir import (
     VECTORS,
     BottleneckEdit,
@@ -111,7 +114,8 @@ class TaskHeadLayout:
 
 @dataclass(frozen=True, slots=True)
 class PackedProgram:
-    """A program as the engine holds it: ``rows`` in the base's dtype, ``vectors`` in fp32 (fp64 on an fp64 base)."""
+    """A program as the engine holds it: ``rows`` in the base's dtype or, all of them exactly, in bf16 where that is fp32; ``vectors`` in
+    fp32 (fp64 on an fp64 base)."""
 
     program_id: str
     layouts: dict[str, SiteLayout]
@@ -142,7 +146,7 @@ def alignment(spec: BaseSpec) -> int:
 
 def pack_program(program: Program, *, program_id: str, facts: dict[str, Any] | None = None) -> PackedProgram:
     """Lay a program's tensors out for the bank."""
-    rows, vectors = _Flat(), _Flat()
+    rows, vectors = Flat(), Flat()
     layouts: dict[str, SiteLayout] = {}
     extras: dict[str, Tensor] = {}
     shared: dict[tuple[int, torch.Size], str] = {}
@@ -172,7 +176,7 @@ def pack_program(program: Program, *, program_id: str, facts: dict[str, Any] | N
     return PackedProgram(
         program_id,
         layouts,
-        rows.tensor(),
+        shortened(rows.tensor()),
         vectors.tensor(),
         extras,
         program.invocation_tokens,
@@ -185,7 +189,9 @@ def pack_program(program: Program, *, program_id: str, facts: dict[str, Any] | N
 
 
 def unpack_program(packed: PackedProgram, spec: BaseSpec) -> Program:
-    """The program that ``pack_program`` was given; tensors are views of the packed ones."""
+    """The program that ``pack_program`` was given; tensors are views of the packed ones, matrices that were packed in bf16 aside."""
+    # The names of dtypes are PyTorch's.
+    rows = packed.rows.to(getattr(torch, spec.dtype))
     program = Program(invocation_tokens=packed.invocation_tokens, notes=dict(packed.facts.get("notes", {})))
     sites = spec.by_name()
 
@@ -197,8 +203,8 @@ def unpack_program(packed: PackedProgram, spec: BaseSpec) -> Program:
         for edit in _loose_edits(layout, packed.extras):
             program.add(name, edit)
         linear = {
-            "down": cut(packed.rows, layout.down if layout.rank else None, layout.rank, site.in_features),
-            "up": cut(packed.rows, layout.up if layout.rank else None, layout.rank, site.out_features),
+            "down": cut(rows, layout.down if layout.rank else None, layout.rank, site.in_features),
+            "up": cut(rows, layout.up if layout.rank else None, layout.rank, site.out_features),
             "in_scale": cut(packed.vectors, layout.in_scale, site.in_features),
             **{
                 field_name: cut(packed.vectors, getattr(layout, field_name), site.out_features)
@@ -214,8 +220,8 @@ def unpack_program(packed: PackedProgram, spec: BaseSpec) -> Program:
                 name,
                 BottleneckEdit(
                     placement=item.placement,
-                    down=packed.rows[item.down : item.down + item.rank * width].view(item.rank, width),
-                    up=packed.rows[item.up : item.up + item.rank * width].view(item.rank, width),
+                    down=rows[item.down : item.down + item.rank * width].view(item.rank, width),
+                    up=rows[item.up : item.up + item.rank * width].view(item.rank, width),
                     down_bias=cut(packed.vectors, item.down_bias, item.rank),
                     **{key: cut(packed.vectors, getattr(item, key), width) for key in _BOTTLENECK_VECTORS if key != "down_bias"},
                     weight=item.weight,
@@ -252,7 +258,7 @@ _LOOSE_KINDS: dict[str, type] = {
 assert {*_LINEAR_VECTORS, *_BOTTLENECK_VECTORS} == VECTORS
 
 
-def _lay_linear(edit: LinearEdit, rows: _Flat, vectors: _Flat) -> dict[str, Any]:
+def _lay_linear(edit: LinearEdit, rows: Flat, vectors: Flat) -> dict[str, Any]:
     laid: dict[str, Any] = {}
     if edit.down is not None and edit.up is not None:
         laid |= {"rank": edit.rank, "down": rows.append(edit.down), "up": rows.append(edit.up)}
@@ -262,7 +268,7 @@ def _lay_linear(edit: LinearEdit, rows: _Flat, vectors: _Flat) -> dict[str, Any]
     return laid | {"pair_group": edit.pair_group}
 
 
-def _lay_bottleneck(edit: BottleneckEdit, rows: _Flat, vectors: _Flat) -> BottleneckLayout:
+def _lay_bottleneck(edit: BottleneckEdit, rows: Flat, vectors: Flat) -> BottleneckLayout:
     offsets = {name: vectors.append(value) for name in _BOTTLENECK_VECTORS if (value := getattr(edit, name)) is not None}
     return BottleneckLayout(
         edit.placement, edit.rank, rows.append(edit.down), rows.append(edit.up), weight=edit.weight, **offsets
@@ -306,23 +312,3 @@ def _loose_edits(layout: SiteLayout, extras: dict[str, Tensor]) -> Iterable[Edit
 
 def _prefix(edit: Edit) -> str:
     return type(edit).__name__.removesuffix("Edit").lower()
-
-
-class _Flat:
-    """Matrices appended into one flat tensor, each at a multiple of its own width."""
-
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-        self._length = 0
-
-    def append(self, tensor: Tensor) -> int:
-        padding = -self._length % tensor.shape[-1]
-        if padding:
-            self._parts.append(tensor.new_zeros(padding))
-        offset = self._length + padding
-        self._parts.append(tensor.reshape(-1))
-        self._length = offset + tensor.numel()
-        return offset
-
-    def tensor(self) -> Tensor:
-        return torch.cat(self._parts) if self._parts else torch.zeros(0)

@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from server.adapters.bank import COMPUTE_ERRORS, Bank
-from server.adapters.kernels import Kernel
+from server.adapters.kernels import Kernel, NativeEdits
 from server.engine.host_tier import HostTier
 from server.engine.kernels.choice import choose_kernels
 from server.engine.kernels.swap import swap_native
@@ -75,12 +75,14 @@ class Lifecycle(ABC, Generic[W, R]):
         dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
         base = load_base(Path(settings.model_dir), settings.base_digest, settings.dtype, settings.device)
         self.info = _describe(settings, base)
+        self._kernels = choose_kernels(settings.kernel_dir, dtype, device, low_rank=kernel)
         self.bank = Bank(
             base.spec,
             capacity_bytes=settings.bank_bytes,
             max_slots=settings.max_slots,
             dtype=dtype,
             device=device,
+            keeps_bf16=isinstance(self._kernels.low_rank, NativeEdits),
             clock=clock,
         )
         self.host = HostTier(settings.host_bytes, clock=clock)
@@ -94,7 +96,6 @@ class Lifecycle(ABC, Generic[W, R]):
         self._is_stuck = False
         self._device = device
         self._base = base
-        self._kernels = choose_kernels(settings.kernel_dir, dtype, device, low_rank=kernel)
         if self._kernels.native is not None:
             swap_native(base.model, self._kernels.native)
 

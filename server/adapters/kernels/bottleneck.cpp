@@ -14,8 +14,8 @@ enum Stream : int64_t { SUBLAYER, RESIDUAL, SUM, NORMED };
 // One program's bottleneck, as native_bottleneck.py lays it out; addresses are null where there is no such part.
 template <typename T>
 struct Bottleneck {
-    const T *down, *up;
-    int64_t rank;
+    const void *down, *up;  // T, or bf16
+    int64_t rank, is_bf16;
     const float *down_bias, *up_bias, *before_weight, *before_bias, *after_weight, *after_bias;
     int64_t source, residual, norm_first, activation;
     double weight, eps;
@@ -56,8 +56,8 @@ void fill(float* to, int64_t rows, int64_t width, const float* vector) {
         for (int64_t i = 0; i < width; ++i) to[row * width + i] = vector ? vector[i] : 0.0f;
 }
 
-template <typename T>
-void run(const Bottleneck<T>& edit, const Streams<T>& streams, T* t, int64_t start, int64_t rows, int64_t hidden) {
+template <typename W, typename T>
+void run(const Bottleneck<T>& edit, const W* down, const W* up, const Streams<T>& streams, T* t, int64_t start, int64_t rows, int64_t hidden) {
     const int64_t size = rows * hidden, first = start * hidden;
     float* x = scratch(2 * size + rows * edit.rank);
     float* u = x + size;
@@ -65,10 +65,10 @@ void run(const Bottleneck<T>& edit, const Streams<T>& streams, T* t, int64_t sta
     read(streams, edit.source, first, size, x);
     if (edit.before_weight) norm(x, rows, hidden, edit.before_weight, edit.before_bias, edit.eps);
     fill(inner, rows, edit.rank, edit.down_bias);
-    add_transposed(x, rows, hidden, edit.down, edit.rank, hidden, inner, edit.rank);
+    add_transposed(x, rows, hidden, down, edit.rank, hidden, inner, edit.rank);
     for (int64_t i = 0; i < rows * edit.rank; ++i) inner[i] = activate(inner[i], edit.activation);
     fill(u, rows, hidden, edit.up_bias);
-    add_product(inner, rows, edit.rank, edit.up, hidden, edit.rank, u, hidden);
+    add_product(inner, rows, edit.rank, up, hidden, edit.rank, u, hidden);
     const float weight = edit.weight;
     t += first;
     if (edit.residual == SUBLAYER && !edit.after_weight) {
@@ -94,7 +94,12 @@ void all_runs(T* t, const Streams<T>& streams, int64_t num_rows, int64_t hidden,
 #pragma omp parallel for schedule(dynamic, 1) if (size > 1 && work > WORTH_THREADS)
     for (int64_t i = 0; i < size; ++i) {
         const Piece& piece = pieces[i];
-        run(edits[piece.run], streams, t, piece.start, piece.end - piece.start, hidden);
+        const Bottleneck<T>& edit = edits[piece.run];
+        const auto with = [&](auto* down, auto* up) { run(edit, down, up, streams, t, piece.start, piece.end - piece.start, hidden); };
+        if (edit.is_bf16)
+            with(static_cast<const BFloat16*>(edit.down), static_cast<const BFloat16*>(edit.up));
+        else
+            with(static_cast<const T*>(edit.down), static_cast<const T*>(edit.up));
     }
 }
 

@@ -1,6 +1,6 @@
 // What programs do at a linear: their terms on their own rows, weights read where they lie. The meaning is ir.LinearEdit's.
 //
-// fp32 and bf16, computed in fp32. A row is computed from itself and its own program alone, so that a row's NaN stays its own. OpenMP
+// fp32 and bf16, computed in fp32; matrices of a low rank may be bf16 beside fp32 rows. A row is computed from itself and its own program alone, so that a row's NaN stays its own. OpenMP
 // symbols come from the runtime that PyTorch has already loaded.
 #include "pieces.h"
 #include "products.h"
@@ -8,13 +8,13 @@
 
 namespace {
 
-// One program's edit at one linear, as terms.py lays it out; addresses are null where there is no such term.
+// One program's edit at one linear, as native_linear.py lays it out; addresses are null where there is no such term.
 template <typename T>
 struct Terms {
     const float *in_scale, *out_scale, *shift, *pair_scale;
     int64_t pair_group;
-    const T *down, *up;
-    int64_t rank;
+    const void *down, *up;  // T, or bf16
+    int64_t rank, is_bf16;
     const T* rotation;
     int64_t block, is_shared;
     const T *dense, *left, *right;
@@ -74,6 +74,13 @@ void scale(const Terms<T>& terms, float* z, int64_t out) {
         for (int64_t i = 0; i < out; ++i) z[i] += shift[i];
 }
 
+template <typename W, typename T>
+void add_low_rank(const W* down, const W* up, int64_t rank, const T* x, float* inner, float* sums, int64_t rows, int64_t in, int64_t out) {
+    std::fill(inner, inner + rows * rank, 0.0f);
+    add_transposed(x, rows, in, down, rank, in, inner, rank);
+    add_product(inner, rows, rank, up, out, rank, sums, out);
+}
+
 template <typename T>
 void add_terms(const Terms<T>& terms, const T* x, T* y, int64_t rows, int64_t in, int64_t out) {
     const int64_t held = held_size(y, rows * out), right_rows = terms.left ? out / terms.left_rows : 0;
@@ -82,11 +89,11 @@ void add_terms(const Terms<T>& terms, const T* x, T* y, int64_t rows, int64_t in
     sums = open_rows(y, rows * out, sums);
     if (terms.out_scale || terms.pair_scale || terms.shift)
         for (int64_t row = 0; row < rows; ++row) scale(terms, sums + row * out, out);
-    if (terms.rank) {
-        std::fill(inner, inner + rows * terms.rank, 0.0f);
-        add_transposed(x, rows, in, terms.down, terms.rank, in, inner, terms.rank);
-        add_product(inner, rows, terms.rank, terms.up, out, terms.rank, sums, out);
-    }
+    const auto low_rank = [&](auto* down, auto* up) { add_low_rank(down, up, terms.rank, x, inner, sums, rows, in, out); };
+    if (terms.is_bf16)
+        low_rank(static_cast<const BFloat16*>(terms.down), static_cast<const BFloat16*>(terms.up));
+    else
+        low_rank(static_cast<const T*>(terms.down), static_cast<const T*>(terms.up));
     if (terms.dense) add_transposed(x, rows, in, terms.dense, out, in, sums, out);
     if (terms.left) {
         const int64_t columns = in / terms.left_columns;

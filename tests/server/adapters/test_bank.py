@@ -35,15 +35,19 @@ SPEC = BaseSpec(
         SiteSpec("h", "head", 6, 11, False, None),
     ),
 )
-NAMES = [f"p{index}" for index in range(6)]
+NAMES = [f"p{index}" for index in range(4)] + ["exact0", "exact1", "exact2"]
 
 
 def packed(name: str, rank: int) -> PackedProgram:
+    """A program; with matrices that bf16 holds exactly where it is named so."""
+    matrix_dtype = torch.bfloat16 if name.startswith("exact") else torch.float32
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     program = Program()
     for site in SPEC.sites[:2]:
-        down = torch.randn(rank, site.in_features, generator=generator)
-        up = torch.randn(rank, site.out_features, generator=generator)
+        down, up = (
+            torch.randn(rank, width, generator=generator).to(matrix_dtype).float()
+            for width in (site.in_features, site.out_features)
+        )
         program.add(site.name, LinearEdit(down=down, up=up, shift=torch.randn(site.out_features, generator=generator)))
     return pack_program(program, program_id=name)
 
@@ -59,18 +63,24 @@ class Clock:
         return self.now
 
 
-def make_bank(clock: Callable[[], float] = time.monotonic, *, capacity: int = CAPACITY, slots: int = 4) -> Bank:
+def make_bank(
+    clock: Callable[[], float] = time.monotonic, *, capacity: int = CAPACITY, slots: int = 4, keeps_bf16: bool = False
+) -> Bank:
     device = torch.device("cpu")
-    return Bank(SPEC, capacity_bytes=capacity, max_slots=slots, dtype=torch.float32, device=device, clock=clock)
+    return Bank(
+        SPEC, capacity_bytes=capacity, max_slots=slots, dtype=torch.float32, device=device, keeps_bf16=keeps_bf16, clock=clock
+    )
 
 
 class BankMachine(RuleBasedStateMachine):
-    """Programs of different ranks come for two tenants, are used, pinned for ever, moved and evicted in any order."""
+    """Programs of different ranks, also in bf16, come for two tenants, are used, pinned for ever, moved and evicted in any order."""
+
+    keeps_bf16 = False
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.bank = make_bank(self.clock)
+        self.bank = make_bank(self.clock, keeps_bf16=self.keeps_bf16)
         self.pins: dict[str, list[str]] = {}
         self.ranks: dict[str, int] = {}
         self.kept: set[str] = set()
@@ -160,20 +170,38 @@ class BankMachine(RuleBasedStateMachine):
             assert self.bank.resident(resident.slot) is resident
             slots.add(resident.slot)
             expected = packed(name, rank)
-            held = self.bank.rows[resident.rows_offset : resident.rows_offset + resident.num_rows]
-            assert torch.equal(held, expected.rows)
+            assert resident.rows_dtype is (expected.rows.dtype if self.keeps_bf16 else torch.float32)
+            held = self.bank.rows[resident.rows_offset : resident.rows_offset + resident.num_rows].view(resident.rows_dtype)
+            assert torch.equal(held, expected.rows.to(resident.rows_dtype))
+            down = expected.layouts["a"].down
+            matrix = expected.rows[down : down + rank * 6].view(rank, 6).float()
+            assert torch.equal(self.bank.matrix(resident, down, rank, 6), matrix)
             held = self.bank.vectors[resident.vectors_offset : resident.vectors_offset + resident.num_vectors]
             assert torch.equal(held, expected.vectors)
-            down = expected.layouts["a"].down
             view = self.bank.row_view(6)
             assert view is not None
-            assert torch.equal(view[(resident.rows_offset + down) // 6], expected.rows[down : down + 6])
+            if resident.rows_dtype is torch.float32:
+                assert torch.equal(view[(resident.rows_offset + down) // 6], matrix[0])
         assert len(slots) == len(self.ranks)
         assert 0 not in slots
 
 
+class Bf16BankMachine(BankMachine):
+    """The same where matrices in bf16 stay so."""
+
+    keeps_bf16 = True
+
+
 TestBankMachine = BankMachine.TestCase
-TestBankMachine.settings = settings(max_examples=40, stateful_step_count=30)
+TestBf16BankMachine = Bf16BankMachine.TestCase
+TestBankMachine.settings = TestBf16BankMachine.settings = settings(max_examples=40, stateful_step_count=30)
+
+
+def test_matrices_in_bf16_take_half_the_room_where_they_stay_so() -> None:
+    wide, exact = packed("p0", 12), packed("exact0", 12)
+    vectors = wide.vectors.nbytes + -wide.vectors.nbytes % 64
+    footprints = [make_bank(keeps_bf16=keeps).footprint(item) - vectors for keeps in (False, True) for item in (wide, exact)]
+    assert footprints == [960, 960, 960, 480]
 
 
 def test_alignment_leaves_out_vocabularies() -> None:

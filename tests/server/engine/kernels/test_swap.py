@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.adapters import packed
 from server.adapters.ir import LinearEdit, NormEdit, Program
 from server.adapters.program_file import write_program
 from server.engine.kernels import GatheredAttention
@@ -57,26 +58,27 @@ def test_alone_is_packed_bit_for_bit(tiny_models: TinyModels, kernel_dir: Path, 
     """Also in chunks of a few tokens, and behind a cached prefix."""
     directory = tiny_models(family)
     requests = [greedy(str(seed), [3 + seed, *range(20, 20 + 9 * seed)], tokens=6) for seed in range(4)]
-    packed = run(make_engine(directory, kernel_dir=str(kernel_dir)), requests)
+    together = run(make_engine(directory, kernel_dir=str(kernel_dir)), requests)
     chunked = run(make_engine(directory, kernel_dir=str(kernel_dir), max_batch_tokens=8), requests)
     for request in requests:
         engine = make_engine(directory, kernel_dir=str(kernel_dir))
         name = request.request_id
         alone = run(engine, [request])[name]
         cached = run(engine, [request])[name]
-        for other in (packed[name], chunked[name], cached):
+        for other in (together[name], chunked[name], cached):
             assert other.tokens == alone.tokens
             assert torch.equal(torch.stack(other.logits), torch.stack(alone.logits))
         assert cached.num_cached_tokens == (len(request.prompt_token_ids) - 1) // 16 * 16
 
 
-def edited_everywhere(directory: Path, file: Path) -> ProgramRef:
-    """A program with a low-rank term at every linear and another weight in every norm."""
+def edited_everywhere(directory: Path, file: Path, dtype: torch.dtype = torch.float32) -> ProgramRef:
+    """A program with a low-rank term at every linear, rounded to ``dtype``, and another weight in every norm."""
     spec, program, generator = load_base_for_lowering(directory).spec, Program(), torch.Generator().manual_seed(5)
     for site in spec.sites:
         if site.kind == "linear":
-            down = torch.randn(3, site.in_features, generator=generator) * 0.3
-            program.add(site.name, LinearEdit(down=down, up=torch.randn(3, site.out_features, generator=generator) * 0.3))
+            widths = (site.in_features, site.out_features)
+            down, up = ((torch.randn(3, width, generator=generator) * 0.3).to(dtype).float() for width in widths)
+            program.add(site.name, LinearEdit(down=down, up=up))
         elif site.kind == "norm":
             program.add(site.name, NormEdit(weight=1 + 0.5 * torch.randn(site.out_features, generator=generator)))
     write_program(file, program, program_id="everywhere", facts={})
@@ -98,6 +100,29 @@ def test_edits_stay_with_their_rows(tiny_models: TinyModels, kernel_dir: Path, t
         torch.testing.assert_close(torch.stack(found[name].logits), torch.stack(result.logits), rtol=1e-3, atol=1e-3)
         if name in alone:
             assert torch.equal(torch.stack(found[name].logits), torch.stack(alone[name].logits))
+
+
+def test_programs_in_bf16_compute_what_they_do_in_fp32(
+    tiny_models: TinyModels, kernel_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, where they are kept so and where they are widened."""
+    directory = tiny_models("llama")
+    exact = edited_everywhere(directory, tmp_path / "exact.safetensors", torch.bfloat16)
+    monkeypatch.setattr(packed, "shortened", lambda flat: flat)
+    wide = edited_everywhere(directory, tmp_path / "wide.safetensors", torch.bfloat16)
+    for kernels, kept in ((str(kernel_dir), torch.bfloat16), ("", torch.float32)):
+        results = []
+        for program, dtype in ((exact, kept), (wide, torch.float32)):
+            engine = make_engine(directory, kernel_dir=kernels)
+            requests = [
+                greedy(str(seed), [3 + seed, *range(20, 20 + 9 * seed)], (BASE, program)[seed % 2], tokens=6) for seed in range(4)
+            ]
+            results.append(run(engine, requests))
+            resident = engine.bank.find("everywhere")
+            assert resident is not None
+            assert resident.rows_dtype is dtype
+        for name, result in results[0].items():
+            assert torch.equal(torch.stack(result.logits), torch.stack(results[1][name].logits))
 
 
 @pytest.mark.parametrize("family", ENCODERS)
