@@ -1,7 +1,7 @@
 // What programs do at a linear: their terms on their own rows, weights read where they lie. The meaning is ir.LinearEdit's.
 //
-// fp32 and bf16, computed in fp32; matrices of a low rank may be bf16 beside fp32 rows. A row is computed from itself and its own program alone, so that a row's NaN stays its own. OpenMP
-// symbols come from the runtime that PyTorch has already loaded.
+// fp32 and bf16, computed in fp32; a low rank's matrices may be bf16 beside fp32 rows. A row is computed from itself and its own program
+// alone, so that a row's NaN stays its own. OpenMP symbols come from the runtime that PyTorch has already loaded.
 #include "pieces.h"
 #include "products.h"
 #include "rows.h"
