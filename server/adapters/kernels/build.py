@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 
+_HEADERS = Path(__file__).parent
+"""Where headers lie that all sources share."""
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 
 log = logging.getLogger(__name__)
 
 
 def build_library(sources: Sequence[Path], cache_dir: Path, name: str) -> Path:
-    """The shared library of these sources, compiled unless they, the headers beside them, the compiler and the processor are those of before.
+    """The shared library of these sources, compiled unless they, the headers beside them or here, the compiler and the processor are those of before.
 
     Raises OSError where it cannot be built, with what the compiler said.
     """
@@ -28,7 +30,7 @@ def build_library(sources: Sequence[Path], cache_dir: Path, name: str) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler found (install g++ 12 or later)")
     version = _run([compiler, "--version"])
-    headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
+    headers = sorted({header for place in {_HEADERS, *(source.parent for source in sources)} for header in place.glob("*.h")})
     texts = [path.read_bytes() for path in (*sources, *headers)]
     key = hashlib.sha256(b"\0".join([*texts, version, _processor(), " ".join(_FLAGS).encode()])).hexdigest()[:16]
     library = cache_dir / f"{name}-{key}.so"
@@ -40,7 +42,7 @@ def build_library(sources: Sequence[Path], cache_dir: Path, name: str) -> Path:
         objects = [f"{source.stem}.o" for source in sources]
         # Linked without -fopenmp: the OpenMP runtime must be PyTorch's, not a second one with threads of its own.
         for command in (
-            [*_FLAGS, "-c", *(str(source.resolve()) for source in sources)],
+            [*_FLAGS, f"-I{_HEADERS.resolve()}", "-c", *(str(source.resolve()) for source in sources)],
             ["-shared", *objects, "-o", library.name],
         ):
             _run([compiler, *command], Path(scratch))

@@ -1,4 +1,5 @@
-// Vectors of floats as wide as the processor's, and the two types that weights come in; everything is computed in fp32.
+// Vectors of floats as wide as the processor's, and the two types that numbers come in; everything is computed in fp32. For all native kernels,
+// the base's too: the build looks for headers here.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -20,6 +21,7 @@ typedef float Quad __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(MEDLEY_LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(MEDLEY_LANES * 2)));
 // The same in memory, at any address.
+typedef uint32_t WordsAt __attribute__((vector_size(MEDLEY_LANES * 4), aligned(4), may_alias));
 typedef float VectorAt __attribute__((vector_size(MEDLEY_LANES * 4), aligned(4), may_alias));
 typedef uint16_t HalvesAt __attribute__((vector_size(MEDLEY_LANES * 2), aligned(2), may_alias));
 
@@ -60,6 +62,9 @@ inline Vector load(const BFloat16* from) {
 #endif
 }
 inline void store(float* to, Vector values) { *reinterpret_cast<VectorAt*>(to) = values; }
+inline void store(BFloat16* to, Vector values) {
+    for (int64_t lane = 0; lane < LANES; ++lane) narrow(values[lane], to + lane);
+}
 
 // A vector that stays in a register: GCC would read one that many multiplications use from memory again for each of them.
 inline Vector held(Vector value) {
@@ -69,6 +74,7 @@ inline Vector held(Vector value) {
     return value;
 }
 
+// x - 0 is x for every x, which the compiler knows; x + 0 is not (of -0).
 inline Vector splat(float value) { return value - Vector{}; }
 
 // a * b + c, rounded once wherever the processor can: left to the compiler, which of two loops does so is its choice, and with it the last bit.

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "exponential.h"
 #include "simd.h"
 
 namespace {
@@ -42,16 +43,14 @@ std::vector<Run> runs_of(const int32_t* sequence_of, const int32_t* lengths, int
 // scores[i] = query · keys[i], both (…, width)
 template <int COUNT, typename T>
 void dots(const float* query, const T* keys, int64_t width, float* scores) {
-    Vec acc[KEYS] = {};
+    Vector acc[KEYS] = {};
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
-        const Vec q = load(query + i);
-#pragma GCC unroll 4
-        for (int key = 0; key < COUNT; ++key) acc[key] = multiply_add(q, load(keys + key * width + i), acc[key]);
+        const Vector q = load(query + i);
+        UNROLLED for (int key = 0; key < COUNT; ++key) acc[key] = multiply_add(q, load(keys + key * width + i), acc[key]);
     }
-    const Vec4 found = sums(acc[0], acc[1], acc[2], acc[3]);
-#pragma GCC unroll 4
-    for (int key = 0; key < COUNT; ++key) {
+    const Quad found = sums(acc[0], acc[1], acc[2], acc[3]);
+    UNROLLED for (int key = 0; key < COUNT; ++key) {
         float score = found[key];
         for (int64_t rest = i; rest < width; ++rest) score = std::fma(query[rest], widen(keys[key * width + rest]), score);
         scores[key] = score;
@@ -71,18 +70,18 @@ void softmax(float* scores, int64_t count, const Shape& shape) {
     }
     if (has_nan) highest = __builtin_nanf("");
     // One order of summation for every length: lane by lane, then the lanes.
-    Vec total{};
+    Vector total{};
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
-        const Vec e = exponential(load(scores + i) - highest);
-        store(e, scores + i);
+        const Vector e = exponential(load(scores + i) - highest);
+        store(scores + i, e);
         total += e;
     }
     if (i < count) {
         float rest[LANES];
         for (int64_t lane = 0; lane < LANES; ++lane) rest[lane] = i + lane < count ? scores[i + lane] - highest : -__builtin_inff();
-        const Vec e = exponential(load(rest));
-        store(e, rest);
+        const Vector e = exponential(load(rest));
+        store(rest, e);
         std::copy(rest, rest + (count - i), scores + i);
         total += e;
     }
@@ -98,20 +97,17 @@ void weigh(const float* weights, const T* values, int64_t count, int64_t width, 
         float* to = out + first * LANES;
         const T* from = values + first * LANES;
         if (here == OUT_VECTORS) {
-            Vec acc[OUT_VECTORS];
-#pragma GCC unroll 8
-            for (int v = 0; v < OUT_VECTORS; ++v) acc[v] = load(to + v * LANES);
+            Vector acc[OUT_VECTORS];
+            UNROLLED for (int v = 0; v < OUT_VECTORS; ++v) acc[v] = load(to + v * LANES);
             for (int64_t key = 0; key < count; ++key) {
-                const Vec weight = splat(weights[key]);
-#pragma GCC unroll 8
-                for (int v = 0; v < OUT_VECTORS; ++v) acc[v] = multiply_add(weight, load(from + key * width + v * LANES), acc[v]);
+                const Vector weight = splat(weights[key]);
+                UNROLLED for (int v = 0; v < OUT_VECTORS; ++v) acc[v] = multiply_add(weight, load(from + key * width + v * LANES), acc[v]);
             }
-#pragma GCC unroll 8
-            for (int v = 0; v < OUT_VECTORS; ++v) store(acc[v], to + v * LANES);
+            UNROLLED for (int v = 0; v < OUT_VECTORS; ++v) store(to + v * LANES, acc[v]);
         } else {
             for (int64_t key = 0; key < count; ++key)
                 for (int64_t v = 0; v < here; ++v)
-                    store(multiply_add(splat(weights[key]), load(from + key * width + v * LANES), load(to + v * LANES)), to + v * LANES);
+                    store(to + v * LANES, multiply_add(splat(weights[key]), load(from + key * width + v * LANES), load(to + v * LANES)));
         }
     }
 }

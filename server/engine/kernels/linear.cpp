@@ -14,16 +14,19 @@ constexpr int64_t PANEL = 2 * LANES;
 // Rows that stay in the second-level cache while panels go by, and inputs of a panel that stay in the first.
 constexpr int64_t BLOCK_ROWS = 96, BLOCK_INPUTS = 256;
 
+// 16 registers allow 6 rows of 2 vectors beside the operands, 32 allow 12.
+constexpr int64_t MAX_TILE_ROWS = LANES == 16 ? 12 : 6;
+
 struct Pair {
-    Vec first, second;
+    Vector first, second;
 };
 
 inline Pair weights_at(const float* panel, int64_t k) { return {load(panel + k * PANEL), load(panel + k * PANEL + LANES)}; }
 
 // Two bfloat16 in one word, of outputs i and i + LANES: both widen in one operation each.
 inline Pair weights_at(const uint32_t* panel, int64_t k) {
-    const VecBits words = *reinterpret_cast<const VecBitsAt*>(panel + k * LANES);
-    return {reinterpret_cast<Vec>(words << 16), reinterpret_cast<Vec>(words & 0xffff0000u)};
+    const Words words = *reinterpret_cast<const WordsAt*>(panel + k * LANES);
+    return {reinterpret_cast<Vector>(words << 16), reinterpret_cast<Vector>(words & 0xffff0000u)};
 }
 
 inline int64_t panel_elements(const float*, int64_t in) { return in * PANEL; }
@@ -35,34 +38,28 @@ constexpr int64_t AHEAD = 4096;
 // sums (ROWS, PANELS * PANEL) += x (ROWS, count) · PANELS panels (count, PANEL), `between` elements apart.
 template <int ROWS, int PANELS, bool IS_FIRST, typename W>
 void tile(const float* x, int64_t stride, const W* panel, int64_t between, int64_t count, float* sums) {
-    Vec first[ROWS][PANELS], second[ROWS][PANELS];
-#pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 16
-        for (int p = 0; p < PANELS; ++p) {
+    Vector first[ROWS][PANELS], second[ROWS][PANELS];
+    UNROLLED for (int row = 0; row < ROWS; ++row)
+        UNROLLED for (int p = 0; p < PANELS; ++p) {
             const float* from = sums + (row * PANELS + p) * PANEL;
             first[row][p] = load(from), second[row][p] = load(from + LANES);
         }
     for (int64_t k = 0; k < count; ++k) {
-#pragma GCC unroll 16
-        for (int p = 0; p < PANELS; ++p) {
+        UNROLLED for (int p = 0; p < PANELS; ++p) {
             const W* here = panel + p * between;
             const Pair w = weights_at(here, k);
             if constexpr (IS_FIRST) __builtin_prefetch(reinterpret_cast<const char*>(here + panel_elements(here, k)) + AHEAD);
-#pragma GCC unroll 16
-            for (int row = 0; row < ROWS; ++row) {
-                const Vec input = splat(x[row * stride + k]);
+            UNROLLED for (int row = 0; row < ROWS; ++row) {
+                const Vector input = splat(x[row * stride + k]);
                 first[row][p] = multiply_add(input, w.first, first[row][p]);
                 second[row][p] = multiply_add(input, w.second, second[row][p]);
             }
         }
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 16
-        for (int p = 0; p < PANELS; ++p) {
+    UNROLLED for (int row = 0; row < ROWS; ++row)
+        UNROLLED for (int p = 0; p < PANELS; ++p) {
             float* to = sums + (row * PANELS + p) * PANEL;
-            store(first[row][p], to), store(second[row][p], to + LANES);
+            store(to, first[row][p]), store(to + LANES, second[row][p]);
         }
 }
 

@@ -2,6 +2,7 @@
 // queries and keys. Arithmetic is fp32. OpenMP symbols come from the runtime that PyTorch has already loaded.
 #include <cmath>
 
+#include "exponential.h"
 #include "simd.h"
 
 namespace {
@@ -12,21 +13,21 @@ void rms_norm(const T* x, const float* weight, T* y, int64_t rows, int64_t width
     for (int64_t row = 0; row < rows; ++row) {
         const T* from = x + row * width;
         T* to = y + row * width;
-        Vec squares{};
+        Vector squares{};
         int64_t i = 0;
         for (; i + LANES <= width; i += LANES) {
-            const Vec value = load(from + i);
+            const Vector value = load(from + i);
             squares += value * value;
         }
         float total = sum(squares);
         for (; i < width; ++i) total += widen(from[i]) * widen(from[i]);
         const float scale = 1.0f / std::sqrt(total / static_cast<float>(width) + eps);
-        for (i = 0; i + LANES <= width; i += LANES) store(load(from + i) * scale * load(weight + i), to + i);
+        for (i = 0; i + LANES <= width; i += LANES) store(to + i, load(from + i) * scale * load(weight + i));
         for (; i < width; ++i) narrow(widen(from[i]) * scale * weight[i], to + i);
     }
 }
 
-inline Vec silu(Vec x) { return x / (exponential(-x) + 1.0f); }
+inline Vector silu(Vector x) { return x / (exponential(-x) + 1.0f); }
 
 // y = silu(gate) * up, which may be gate itself
 template <typename T>
@@ -36,12 +37,12 @@ void silu_mul(const T* gate, const T* up, T* y, int64_t count) {
     for (int64_t piece = 0; piece < (count + PIECE - 1) / PIECE; ++piece) {
         const int64_t end = count < (piece + 1) * PIECE ? count : (piece + 1) * PIECE;
         int64_t i = piece * PIECE;
-        for (; i + LANES <= end; i += LANES) store(silu(load(gate + i)) * load(up + i), y + i);
+        for (; i + LANES <= end; i += LANES) store(y + i, silu(load(gate + i)) * load(up + i));
         if (i < end) {
             // The rest as a vector too: a number's result must not depend on where it lies.
             float rest[LANES] = {};
             for (int64_t lane = 0; i + lane < end; ++lane) rest[lane] = widen(gate[i + lane]);
-            store(silu(load(rest)), rest);
+            store(rest, silu(load(rest)));
             for (int64_t lane = 0; i + lane < end; ++lane) narrow(rest[lane] * widen(up[i + lane]), y + i + lane);
         }
     }
