@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 
 from benchmarks.engines.protocol import Setup
 from benchmarks.engines.remote import ROOT, EngineFailed, Remote
@@ -67,16 +67,17 @@ class Contest:
     def run(self, competitors: Sequence[Competitor], rounds: int, minutes: float) -> None:
         """Measure for at most so many rounds, and start none that would end after ``minutes``; there is always one."""
         try:
+            staying = [(number, item) for number, item in enumerate(competitors) if not item.once]
+            for number, competitor in track(staying, description="starting and warming up", console=self._console):
+                self._start(number, competitor)
             for count in range(rounds):
-                began = time.monotonic()
                 present = [(number, item) for number, item in enumerate(competitors) if not (item.once and count)]
                 with Progress(console=self._console) as progress:
                     task = progress.add_task(f"round {count + 1}", total=sum(len(item.turns()) for _, item in present))
                     for number, competitor in present:
                         for _ in self._take_turns(number, competitor, count):
                             progress.advance(task)
-                took = time.monotonic() - began
-                if time.monotonic() - self._started + took > 60 * minutes:
+                if time.monotonic() - self._started + self._seconds_of(staying, count) > 60 * minutes:
                     break
         finally:
             for remote in self._remotes.values():
@@ -101,8 +102,8 @@ class Contest:
         (OUT / f"{self._name}-notes.json").write_text(json.dumps(notes, indent=2) + "\n")
 
     def _take_turns(self, number: int, competitor: Competitor, count: int) -> Iterator[None]:
-        """One competitor's part of a round. One that runs once leaves its memory to the others afterwards."""
-        if not count:
+        """One competitor's part of a round. One that runs once holds memory during its own part only."""
+        if competitor.once:
             self._start(number, competitor)
         for workload, variant in competitor.turns():
             if number in self._remotes:
@@ -110,6 +111,12 @@ class Contest:
             yield
         if competitor.once and number in self._remotes:
             self._remotes.pop(number).close()
+
+    def _seconds_of(self, staying: Sequence[tuple[int, Competitor]], count: int) -> float:
+        """What the runs of a round took of competitors that the next round has, too."""
+        names = {item.name for _, item in staying}
+        runs = [run for key, runs in self.runs.items() if key.engine in names for run in runs]
+        return sum(run.seconds for run in runs if run.round == count)
 
     def _start(self, number: int, competitor: Competitor) -> None:
         remote = Remote(competitor.module, competitor.python, OUT / "logs" / f"{number}-{competitor.module}.log")

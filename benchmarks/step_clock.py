@@ -22,6 +22,7 @@ from server.adapters.sites import HeadSite, LinearSite, Site
 from server.engine import attention
 from server.engine import engine as engine_module
 from server.engine.engine import Engine
+from server.engine.kernels.modules import GatedMLP, RotaryAttention
 from server.engine.kernels.native import BLOCK_PARTS, Native
 
 _BLOCK_PARTS = tuple({"linears": LINEARS, "edits": EDITS, "small": SMALL, "attention": ATTENTION}[part] for part in BLOCK_PARTS)
@@ -81,6 +82,9 @@ def clocked(engine: Engine) -> Iterator[StepClock]:
     for module in model.modules():
         if isinstance(module, Site):
             _clock_site(clock, module)
+        elif isinstance(module, GatedMLP | RotaryAttention):
+            _clock(clock, REST, module, "forward")
+            _clock(clock, EDITS, module, "together")
         elif type(module).__name__.endswith(_SMALL_CLASSES):
             _clock(clock, SMALL, module, "forward")
     plain = attention.paged_attention
@@ -112,6 +116,8 @@ def _clock_site(clock: StepClock, site: Site) -> None:
     kind = LINEARS if is_linear else REST if site.spec.kind in ("layer", "embedding") else SMALL
     _clock(clock, EDITS, site, "forward")
     _clock(clock, kind, site, "run")
+    # Where a block calls its linears itself, what comes after the last one is still the site's.
+    _clock(clock, EDITS, site, "finished")
 
 
 def _clock(clock: StepClock, part: str, owner: Any, name: str) -> None:

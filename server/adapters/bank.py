@@ -219,7 +219,7 @@ class Bank:
         return self.rows.view(-1, width) if self.unit % width == 0 else None
 
     def matrix(self, resident: Resident, offset: int, rank: int, width: int) -> Tensor:
-        """A program's matrix ``(rank, width)`` in the base's dtype: a view of the arena, or a copy where it is held in another."""
+        """A program's matrix ``(rank, width)`` in the base's dtype: a view of the arena or, where held in another, a copy in no budget."""
         held = self.rows[resident.rows_offset : resident.rows_offset + resident.num_rows].view(resident.rows_dtype)
         return held[offset : offset + rank * width].view(rank, width).to(self.rows.dtype)
 

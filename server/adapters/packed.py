@@ -3,8 +3,8 @@
 Every low-rank matrix lies in one flat tensor, ``rows``, and every vector in another, ``vectors``; so that making a program
 resident is one contiguous copy each. On an fp32 base, matrices that bf16 holds exactly, such as those of adapters that were trained in it,
 are laid out in bf16, which halves what loading them and computing with them reads. Offsets count elements. A matrix of width ``w`` starts
-at a multiple of ``w``, so that in an arena whose programs start at multiples of ``alignment(spec)`` it can also be read as rows
-``arena.view(-1, w)[offset // w + i]``.
+at a multiple of ``w``, so that in an arena of the same dtype whose programs start at multiples of ``alignment(spec)`` it can also be
+read as rows ``arena.view(-1, w)[offset // w + i]``.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import logging
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ class NativeEdits:
         self._dtype = dtype
         self._linear_before, self._linear_after, self._bottlenecks, self._norms = _functions(library, _SUFFIXES[dtype])
 
-    @property
+    @cached_property
     def linear_addresses(self) -> tuple[int, int]:
         """Where the functions behind ``linear_before`` and ``linear_after`` are, for kernels that call them between operations of their own."""
         before, after = (

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __FMA__
+#if defined(__AVX2__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -68,7 +68,9 @@ inline void store(BFloat16* to, Vector values) {
 
 // A vector that stays in a register: GCC would read one that many multiplications use from memory again for each of them.
 inline Vector held(Vector value) {
-#ifdef __FMA__
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(value));
+#elif defined(__FMA__)
     __asm__("" : "+x"(value));
 #endif
     return value;

@@ -1,6 +1,7 @@
 // A layer's attention and its gated MLP in one call each, out of the kernels beside this file and, for what programs do at their linears, those
 // of the edits. Calling modules one by one gives the same numbers bit for bit; it takes longer, which is all that this is for.
 #include <chrono>
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -55,13 +56,17 @@ enum Use { WIDE, CHANGED, FIRST, SECOND, THIRD, FOURTH, USES };
 template <typename T>
 T* room(Use use, int64_t size) {
     static thread_local std::vector<T> held[USES];
-    if (static_cast<int64_t>(held[use].size()) < size) held[use].resize(size);
+    if (static_cast<int64_t>(held[use].size()) < size) {
+        std::vector<T>().swap(held[use]);
+        held[use].resize(size);
+    }
     return held[use].data();
 }
 
 inline const float* widened(const float* x, int64_t) { return x; }
 inline const float* widened(const BFloat16* x, int64_t size) {
     float* wide = room<float>(WIDE, size);
+#pragma omp parallel for if (size > 65536)
     for (int64_t i = 0; i < size; ++i) wide[i] = widen(x[i]);
     return wide;
 }
@@ -144,21 +149,34 @@ void attention_block(const Linear* linears, const EditKernels<T>& edits, const A
     run(linears[3], edits, found, y, rows, clock);
 }
 
+// Whether there was memory for it.
+template <typename Block>
+int64_t fits(const Block& block) {
+    try {
+        block();
+        return 1;
+    } catch (const std::bad_alloc&) {
+        return 0;
+    }
+}
+
 }  // namespace
 
-// x and y (rows, hidden), contiguous; `seconds` (4,) or null. linears: gate, up, down.
-#define GATED_MLP(NAME, T)                                                                                                          \
-    extern "C" void NAME(const void* linears, const void* edits, const T* x, T* y, double* seconds, int64_t rows) {                 \
-        gated_mlp(static_cast<const Linear*>(linears), *static_cast<const EditKernels<T>*>(edits), x, y, rows, seconds);            \
+// x and y (rows, hidden), contiguous; `seconds` (4,) or null. linears: gate, up, down. Returns 0 where memory ran out.
+#define GATED_MLP(NAME, T)                                                                                                             \
+    extern "C" int64_t NAME(const void* linears, const void* edits, const T* x, T* y, double* seconds, int64_t rows) {                 \
+        return fits([&] { gated_mlp(static_cast<const Linear*>(linears), *static_cast<const EditKernels<T>*>(edits), x, y, rows, seconds); }); \
     }
 GATED_MLP(gated_mlp_f32, float)
 GATED_MLP(gated_mlp_bf16, BFloat16)
 
-// linears: query, key, value, output.
-#define ATTENTION_BLOCK(NAME, T)                                                                                                    \
-    extern "C" void NAME(const void* linears, const void* edits, const void* of, const T* x, T* y, double* seconds, int64_t rows) { \
-        attention_block(static_cast<const Linear*>(linears), *static_cast<const EditKernels<T>*>(edits),                            \
-                        *static_cast<const Attention<T>*>(of), x, y, rows, seconds);                                                \
+// The same of: query, key, value, output.
+#define ATTENTION_BLOCK(NAME, T)                                                                                                       \
+    extern "C" int64_t NAME(const void* linears, const void* edits, const void* of, const T* x, T* y, double* seconds, int64_t rows) { \
+        return fits([&] {                                                                                                              \
+            attention_block(static_cast<const Linear*>(linears), *static_cast<const EditKernels<T>*>(edits),                           \
+                            *static_cast<const Attention<T>*>(of), x, y, rows, seconds);                                               \
+        });                                                                                                                            \
     }
 ATTENTION_BLOCK(attention_block_f32, float)
 ATTENTION_BLOCK(attention_block_bf16, BFloat16)

@@ -25,7 +25,9 @@ _LINEAR = struct.Struct("11q")
 def block_linears(projections: Sequence[nn.Module], edits: StepEdits | None) -> BlockLinears | None:
     """A block's linears in their order for a step; None where one of them is no native linear, or has work between its neighbours and itself
     that the native kernels do not know."""
-    records, held, addresses, num_rows, features = [], list[object](), (0, 0), 0, (0, 0)
+    records: list[bytes] = []
+    held: list[object] = []
+    addresses, features, num_rows = (0, 0), (0, 0), 0
     for projection in projections:
         site = projection if isinstance(projection, LinearSite) else None
         base = projection if site is None else site.inner

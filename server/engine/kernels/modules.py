@@ -46,8 +46,7 @@ class _Block(nn.Module):
     def __init__(self, native: Native) -> None:
         super().__init__()
         self._native = native
-        self._children: list[nn.Module] = []
-        self._plain: BlockLinears | None = None
+        self._sites: list[nn.Module] = []
 
     @property
     def edits(self) -> StepEdits | None:
@@ -57,16 +56,21 @@ class _Block(nn.Module):
 
     @property
     def linears(self) -> list[nn.Module]:
-        """The projections as they are once sites are attached: looked up at the first call, since a module finds its children slowly."""
-        if not self._children:
-            self._children = [self.get_submodule(name) for name in self.projections]
-        return self._children
+        """The projections; those that are sites are remembered, since a module finds its children slowly."""
+        if self._sites:
+            return self._sites
+        found = [self.get_submodule(name) for name in self.projections]
+        if all(isinstance(item, LinearSite) for item in found):
+            self._sites = found
+        return found
+
+    @cached_property
+    def _plain(self) -> BlockLinears | None:
+        return block_linears(self.linears, None)
 
     def together(self, edits: StepEdits | None) -> BlockLinears | None:
         """The linears of a step for the native call; None: call the modules."""
         if edits is None:
-            if self._plain is None:
-                self._plain = block_linears(self.linears, None)
             return self._plain
         last = self.linears[-1]
         assert isinstance(last, LinearSite)

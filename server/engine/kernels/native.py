@@ -70,6 +70,7 @@ class Native:
         self._attention = self._bound(f"attention_{suffix}", 7, 7, _FLOAT, _INTEGER, _FLOAT)
         self._mlp_block = self._bound(f"gated_mlp_{suffix}", 5, 1)
         self._attention_block = self._bound(f"attention_block_{suffix}", 6, 1)
+        self._mlp_block.restype = self._attention_block.restype = ctypes.c_int64
         self.block_seconds: Tensor | None = None
         """Float64 ``(len(BLOCK_PARTS),)``: what the parts of blocks take is added here, where somebody wants to know."""
 
@@ -164,9 +165,12 @@ class Native:
         )
 
     def gated_mlp(self, x: Tensor, linears: BlockLinears) -> Tensor:
-        """``down(silu(gate(x)) * up(x))`` for ``x (…, hidden)``, every linear with its edits."""
+        """``down(silu(gate(x)) * up(x))`` for ``x (…, hidden)``, every linear with its edits. Raises MemoryError."""
         x, y = self._block_rows(x, linears)
-        self._mlp_block(linears.records, linears.edits, x.data_ptr(), y.data_ptr(), self._clock(), x.numel() // x.shape[-1])
+        if not self._mlp_block(
+            linears.records, linears.edits, x.data_ptr(), y.data_ptr(), self._clock(), x.numel() // x.shape[-1]
+        ):
+            raise MemoryError("there is no memory for the rows of an MLP")
         return y
 
     def attention_block(
@@ -181,7 +185,7 @@ class Native:
         norms: HeadNorms | None,
     ) -> Tensor:
         """``output(attention(query(x), key(x), value(x)))`` for ``x (…, hidden)``, every linear with its edits; queries and keys are normed,
-        rotated by ``angles`` and kept as ``rotate_and_keep`` says, and attend as an AttentionKernel does."""
+        rotated by ``angles`` and kept as ``rotate_and_keep`` says, and attend as an AttentionKernel does. Raises MemoryError."""
         if rules.softcap is not None:
             raise ValueError("the native block caps no scores")
         x, y = self._block_rows(x, linears)
@@ -205,7 +209,8 @@ class Native:
             *(tensor.data_ptr() for tensor in (cosines, sines, kv_slots, rows.tables, rows.sequence_of, rows.lengths)),
             rows.tables.shape[1],
         )
-        self._attention_block(linears.records, linears.edits, attention, x.data_ptr(), y.data_ptr(), self._clock(), count)
+        if not self._attention_block(linears.records, linears.edits, attention, x.data_ptr(), y.data_ptr(), self._clock(), count):
+            raise MemoryError("there is no memory for the rows of an attention")
         return y
 
     def _block_rows(self, x: Tensor, linears: BlockLinears) -> tuple[Tensor, Tensor]:
