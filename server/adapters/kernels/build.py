@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,18 +41,22 @@ def build_library(sources: Sequence[Path], cache_dir: Path, name: str) -> Path:
     log.info("building the native kernel %s (once)", name)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-        objects = [f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor() as pool:
+            compile_one = partial(_compile, compiler, Path(scratch))
+            objects = list(pool.map(compile_one, sources))
         # Linked without -fopenmp: the OpenMP runtime must be PyTorch's, not a second one with threads of its own.
-        for command in (
-            [*_FLAGS, f"-I{_HEADERS.resolve()}", "-c", *(str(source.resolve()) for source in sources)],
-            ["-shared", *objects, "-o", library.name],
-        ):
-            _run([compiler, *command], Path(scratch))
+        _run([compiler, "-shared", *objects, "-o", library.name], Path(scratch))
         made = Path(scratch) / library.name
         with made.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(made, library)
     return library
+
+
+def _compile(compiler: str, scratch: Path, source: Path) -> str:
+    """The name of a source's object file in the scratch directory."""
+    _run([compiler, *_FLAGS, f"-I{_HEADERS.resolve()}", "-c", str(source.resolve())], scratch)
+    return f"{source.stem}.o"
 
 
 def _run(command: list[str], directory: Path | None = None) -> bytes:
