@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,14 +15,13 @@ import psutil
 from examples.serving import running_server
 from medley_client import Medley
 from server.api.auth import new_key
+from tests.kernels import KERNELS
 
 TENANTS = ("acme", "globex")
 OPERATOR = "operator"
 SHARERS = 8
 """Test modules and packages that may have tenants of their own on one server."""
 SMALL = ("--dtype", "float32", "--kv-cache-bytes", "32MiB", "--bank-bytes", "64MiB", "--host-bytes", "64MiB", "--threads", "1")
-_KERNELS = tempfile.TemporaryDirectory(prefix="medley-kernels-")
-"""Native kernels are built once for all servers, as a server builds them once for all of its starts."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def live_server(
     """A server with keys for every tenant, and an operator's."""
     data_dir.mkdir(parents=True, exist_ok=True)
     if not (data_dir / "kernels").exists():
-        (data_dir / "kernels").symlink_to(_KERNELS.name)
+        (data_dir / "kernels").symlink_to(KERNELS)
     made = {tenant: new_key(tenant) for tenant in tenants} | {OPERATOR: new_key(OPERATOR, is_operator=True)}
     keys_file = data_dir / "keys.txt"
     keys_file.write_text("".join(f"{line}\n" for _, line in made.values()))

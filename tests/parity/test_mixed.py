@@ -18,6 +18,7 @@ from server.engine.model import DTYPES
 from server.engine.types import BASE, ProgramRef, Request, Task
 from tests.conftest import TinyModels
 from tests.harness import Result, ask, greedy, lower_directory, make_encoder, make_engine, run
+from tests.kernels import KERNELS
 from tests.parity.cases import make_checkpoint, one_of_each
 from tests.parity.shared import lowering_base
 from tests.tiny import ENCODERS
@@ -66,11 +67,9 @@ def same(first: Result, second: Result, name: str, tolerance: float) -> None:
         ("bert", "float64"),
     ],
 )
-def test_all_methods_packed_equal_each_alone(
-    family: str, dtype: str, tiny_models: TinyModels, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_all_methods_packed_equal_each_alone(family: str, dtype: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     # In fp32 the batch runs on the native kernel, and each alone on the reference.
-    native = load_native(tmp_path_factory.getbasetemp() / "kernels", DTYPES[dtype], torch.device("cpu"))
+    native = load_native(KERNELS, DTYPES[dtype], torch.device("cpu"))
     assert (native is not None) == (dtype == "float32")
     base, task = tiny_models(family), "SEQ_CLS" if family in ENCODERS else "CAUSAL_LM"
     programs = {}

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from server.adapters.kernels import NativeEdits, load_native
+from tests.kernels import KERNELS
 
 
 @pytest.fixture(scope="session")
-def kernel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "kernels"
+def kernel_dir() -> Path:
+    return KERNELS
 
 
 def native(kernel_dir: Path, dtype: torch.dtype) -> NativeEdits:

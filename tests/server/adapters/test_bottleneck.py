@@ -27,6 +27,7 @@ from server.adapters.kernels import Kernel, NativeEdits, load_native, lowrank_co
 from server.adapters.native_bottleneck import NativeGroup
 from server.adapters.packed import pack_program
 from server.adapters.streams import Streams
+from tests.kernels import KERNELS
 
 HIDDEN, SITE = 12, "out"
 SPEC = BaseSpec(
@@ -88,8 +89,8 @@ def programs(draw: st.DrawFn) -> list[tuple[list[BottleneckEdit], int]]:
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> NativeEdits:
-    kernel = load_native(tmp_path_factory.getbasetemp() / "kernels", torch.float32, torch.device("cpu"))
+def native() -> NativeEdits:
+    kernel = load_native(KERNELS, torch.float32, torch.device("cpu"))
     assert kernel is not None, "the machine that runs the tests has a C++ compiler"
     return kernel
 
@@ -198,8 +199,8 @@ def test_activations_are_those_of_pytorch(activation: str, native: NativeEdits) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_that_is_not_finite_stays_alone(dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory) -> None:
-    kernel = load_native(tmp_path_factory.getbasetemp() / "kernels", dtype, torch.device("cpu"))
+def test_a_row_that_is_not_finite_stays_alone(dtype: torch.dtype) -> None:
+    kernel = load_native(KERNELS, dtype, torch.device("cpu"))
     placement = Placement("gelu", source="sum", residual="normed")
     item = BottleneckEdit(placement, *torch.randn(2, 5, HIDDEN), after_weight=torch.randn(HIDDEN), weight=0.5)
     program = Program()

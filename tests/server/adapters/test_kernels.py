@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from server.adapters.kernels import LowRankRows, load_native, lowrank_concat, lowrank_gather, lowrank_reference
+from tests.kernels import KERNELS
 
 IN, OUT, ROWS = 24, 40, 9
 
@@ -73,13 +74,11 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
         assert finite.tolist() == [row not in (3, 5, 7) for row in range(ROWS)], kernel
 
 
-def test_the_library_is_built_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    # The directory that other tests load it from: to compile takes seconds.
-    directory = tmp_path_factory.getbasetemp() / "kernels"
-    load_native(directory, torch.float32, torch.device("cpu"))
-    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
-    load_native(directory, torch.bfloat16, torch.device("cpu"))
-    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+def test_the_library_is_built_once() -> None:
+    load_native(KERNELS, torch.float32, torch.device("cpu"))
+    before = {path: path.stat().st_mtime_ns for path in KERNELS.iterdir()}
+    load_native(KERNELS, torch.bfloat16, torch.device("cpu"))
+    assert {path: path.stat().st_mtime_ns for path in KERNELS.iterdir()} == before
     assert [path.suffix for path in before if path.name.startswith("edits-")] == [".so"]
 
 

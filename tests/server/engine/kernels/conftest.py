@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from server.engine.kernels import Native, load_native
+from tests.kernels import KERNELS
 
 Load = Callable[[torch.dtype], Native]
 
 
 @pytest.fixture(scope="session")
-def kernel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("base-kernels")
+def kernel_dir() -> Path:
+    return KERNELS
 
 
 @pytest.fixture(scope="session")
