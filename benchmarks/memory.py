@@ -52,7 +52,7 @@ def main() -> int:
     chosen |= {method: sets[method][0] for method in METHODS if method != "LoRA"}
     console.print("lowering adapters, unless they are")
     refs = asyncio.run(lowered(base, dtype, list(chosen.values()), arguments.data_dir / "bench" / "programs"))
-    adapters = _in_bank(base, dtype, dict(zip(chosen, refs, strict=True)))
+    adapters = _in_bank(base, dtype, dict(zip(chosen, refs, strict=True)), arguments.data_dir / "kernels")
     rss = _rss(base, dtype, sets["32"])
     OUT.mkdir(exist_ok=True)
     found = {"machine": describe(dtype), "goal": GOAL, "rss_mib": rss, "adapters": adapters}
@@ -72,10 +72,16 @@ def tensor_bytes(file: Path) -> int:
         return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
-def _in_bank(base: BaseDir, dtype: str, refs: dict[str, ProgramRef]) -> list[dict[str, Any]]:
+def _in_bank(base: BaseDir, dtype: str, refs: dict[str, ProgramRef], kernels: Path) -> list[dict[str, Any]]:
     """Admit one after the other, by a request for each."""
     settings = EngineSettings(
-        str(base.path), base.digest, dtype=dtype, kv_cache_bytes=64 << 20, bank_bytes=1 << 30, host_bytes=1 << 30
+        str(base.path),
+        base.digest,
+        dtype=dtype,
+        kv_cache_bytes=64 << 20,
+        bank_bytes=1 << 30,
+        host_bytes=1 << 30,
+        kernel_dir=str(kernels),
     )
     engine = Engine(settings)
     found = []

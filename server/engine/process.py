@@ -68,7 +68,6 @@ class _Channel:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="engine: %(levelname)s %(name)s: %(message)s")
-    _keep_freed_memory()
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     channel = _Channel(start.address)
     try:
@@ -79,6 +78,8 @@ def main() -> None:
         channel.send(Fatal(f"{type(error).__name__}: {error}"))
         time.sleep(0.5)  # let the message leave before the socket goes
         raise SystemExit(1) from error
+    # Not before: loading leaves hundreds of megabytes behind.
+    _keep_freed_memory()
     channel.send(Ready(engine.info))
     try:
         _serve(engine, channel)

@@ -39,7 +39,7 @@ def make_index(ranks: list[int], programs: list[int], rows: list[int] | None) ->
     )
 
 
-KERNELS = (lowrank_gather, lowrank_concat)
+LOW_RANK = (lowrank_gather, lowrank_concat)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
@@ -55,7 +55,7 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, tolerance: float, ranks
     index = make_index(ranks, [which % len(ranks) for which in range(count)], rows)
     expected = y.double()
     lowrank_reference(expected, x.double(), down.double(), up.double(), index)
-    for kernel in KERNELS:
+    for kernel in LOW_RANK:
         found = y.clone()
         kernel(found, x, down, up, index)
         assert float((found.double() - expected).abs().max()) <= tolerance * float(expected.abs().max()), kernel
@@ -67,7 +67,7 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
     x[3], x[5] = float("nan"), float("inf")
     down[:8], up[:9] = 1e-3, 1e-3
     index = make_index([8, 8], [1 if row in (3, 5, 7) else 0 for row in range(ROWS)], None)
-    for kernel in (lowrank_reference, *KERNELS):
+    for kernel in (lowrank_reference, *LOW_RANK):
         found = y.clone()
         kernel(found, x, down, up, index)
         finite = torch.isfinite(found).all(-1)
