@@ -18,7 +18,7 @@ struct Runs {
 // One linear of the base, as blocks.py lays it out.
 struct Linear {
     const void* packed;
-    int64_t is_short;
+    int64_t is_bf16;
     const float* bias;
     int64_t in, out;
     Runs before, after;
@@ -31,7 +31,7 @@ struct EditKernels {
     void (*after)(const T* x, T* y, int64_t num_rows, int64_t in, int64_t out, int64_t count, const int64_t* bounds, const void* records);
 };
 
-// As in blocks.py.
+// As BLOCK_PARTS in native.py.
 enum Part { LINEARS, EDITS, SMALL, ATTENTION };
 
 // Adds up the seconds of the parts where somebody wants to know.
@@ -72,7 +72,7 @@ inline const float* widened(const BFloat16* x, int64_t size) {
 }
 
 inline void base(const Linear& linear, const float* x, float* y, int64_t rows) {
-    if (linear.is_short)
+    if (linear.is_bf16)
         linear_bf16_f32(x, static_cast<const uint32_t*>(linear.packed), linear.bias, y, rows, linear.in, linear.out);
     else
         linear_f32_f32(x, static_cast<const float*>(linear.packed), linear.bias, y, rows, linear.in, linear.out);
@@ -112,7 +112,7 @@ void gated_mlp(const Linear* linears, const EditKernels<T>& edits, const T* x, T
     run(linears[2], edits, gate, y, rows, clock);
 }
 
-// What an attention is, and the cache and the step that it runs on, as blocks.py lays them out.
+// What an attention is, and the cache and the step that it runs on, as native.py lays them out.
 template <typename T>
 struct Attention {
     int64_t heads, kv_heads, width, window;

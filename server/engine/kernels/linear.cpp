@@ -104,17 +104,18 @@ void linear_of_few(const float* x, const W* packed, const float* bias, T* y, int
     const int64_t piece = std::max<int64_t>(1, tasks / 32);
 #pragma omp parallel for schedule(dynamic, piece) if (in * out > 65536)
     for (int64_t task = 0; task < tasks; ++task) {
-        alignas(64) float sums[ROWS * PANELS * PANEL] = {};
-        const int64_t panel = task * PANELS, here = std::min<int64_t>(PANELS, panels - panel);
-        if (here == PANELS)
+        const int64_t panel = task * PANELS;
+        if (panel + PANELS <= panels) {
+            alignas(64) float sums[ROWS * PANELS * PANEL] = {};
             tile<ROWS, PANELS, true>(x, in, packed + panel * size, size, in, sums);
-        else
-            for (int64_t p = 0; p < here; ++p) {
-                alignas(64) float alone[ROWS * PANEL] = {};
-                tile<ROWS, 1, true>(x, in, packed + (panel + p) * size, 0, in, alone);
-                for (int row = 0; row < ROWS; ++row) std::copy_n(alone + row * PANEL, PANEL, sums + (row * PANELS + p) * PANEL);
-            }
-        for (int64_t p = 0; p < here; ++p) finish(sums + p * PANEL, PANELS * PANEL, bias, y, ROWS, out, panel + p);
+            for (int64_t p = 0; p < PANELS; ++p) finish(sums + p * PANEL, PANELS * PANEL, bias, y, ROWS, out, panel + p);
+            continue;
+        }
+        for (int64_t p = panel; p < panels; ++p) {
+            alignas(64) float sums[ROWS * PANEL] = {};
+            tile<ROWS, 1, true>(x, in, packed + p * size, 0, in, sums);
+            finish(sums, PANEL, bias, y, ROWS, out, p);
+        }
     }
 }
 
