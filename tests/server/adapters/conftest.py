@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.adapters.base_spec import BaseSpec, SiteSpec
 from server.adapters.kernels import NativeEdits, load_native
 from tests.kernels import KERNELS
 
@@ -14,6 +15,23 @@ from tests.kernels import KERNELS
 @pytest.fixture(scope="session")
 def kernel_dir() -> Path:
     return KERNELS
+
+
+def small_spec(hidden_size: int, *sites: SiteSpec, dtype: str = "float32") -> BaseSpec:
+    """A base of one layer that has these sites and nothing to run."""
+    return BaseSpec(
+        family="llama",
+        digest="",
+        dtype=dtype,
+        hidden_size=hidden_size,
+        vocab_size=11,
+        num_layers=1,
+        backbone_prefix="model.",
+        tied_head=False,
+        embedding="e",
+        head="h",
+        sites=sites,
+    )
 
 
 def native(kernel_dir: Path, dtype: torch.dtype) -> NativeEdits:

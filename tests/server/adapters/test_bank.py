@@ -14,26 +14,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from server.adapters.arena import Arena
 from server.adapters.bank import Bank
-from server.adapters.base_spec import BaseSpec, SiteSpec
+from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import LinearEdit, Program
 from server.adapters.packed import PackedProgram, alignment, pack_program
+from tests.server.adapters.conftest import small_spec
 
-SPEC = BaseSpec(
-    family="llama",
-    digest="",
-    dtype="float32",
-    hidden_size=6,
-    vocab_size=11,
-    num_layers=1,
-    backbone_prefix="model.",
-    tied_head=False,
-    embedding="e",
-    head="h",
-    sites=(
-        SiteSpec("a", "linear", 6, 4, False, 0),
-        SiteSpec("b", "linear", 4, 6, False, 0),
-        SiteSpec("h", "head", 6, 11, False, None),
-    ),
+SPEC = small_spec(
+    6,
+    SiteSpec("a", "linear", 6, 4, False, 0),
+    SiteSpec("b", "linear", 4, 6, False, 0),
+    SiteSpec("h", "head", 6, 11, False, None),
 )
 NAMES = [f"p{index}" for index in range(4)] + ["exact0", "exact1", "exact2"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from server.adapters.apply import StepEdits
 from server.adapters.bank import Bank
-from server.adapters.base_spec import BaseSpec, SiteSpec
+from server.adapters.base_spec import SiteSpec
 from server.adapters.bottleneck import run_sublayer, sublayer_work
 from server.adapters.ir import BottleneckEdit, Edit, FusionEdit, LinearEdit, Placement, Program
 from server.adapters.kernels import NativeEdits
@@ -20,23 +20,11 @@ from server.adapters.native_linear import NativeLinearWork
 from server.adapters.packed import PackedProgram, pack_program, unpack_program
 from server.adapters.program_file import read_program, write_program
 from server.adapters.streams import Streams
-from tests.server.adapters.conftest import native
+from tests.server.adapters.conftest import native, small_spec
 
 # Neither a multiple of a vector's width: the ends of rows are computed number by number.
 IN, OUT, SITE = 27, 43, "linear"
-SPEC = BaseSpec(
-    family="llama",
-    digest="",
-    dtype="float32",
-    hidden_size=IN,
-    vocab_size=11,
-    num_layers=1,
-    backbone_prefix="model.",
-    tied_head=False,
-    embedding="e",
-    head="h",
-    sites=(SiteSpec(SITE, "linear", IN, OUT, False, 0),),
-)
+SPEC = small_spec(IN, SiteSpec(SITE, "linear", IN, OUT, False, 0))
 
 
 def exact(*shape: int) -> Tensor:

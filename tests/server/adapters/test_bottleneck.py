@@ -13,7 +13,7 @@ from torch import Tensor
 
 from server.adapters.apply import StepEdits
 from server.adapters.bank import Bank
-from server.adapters.base_spec import BaseSpec, SiteSpec
+from server.adapters.base_spec import SiteSpec
 from server.adapters.bottleneck import (
     Group,
     SublayerWork,
@@ -23,26 +23,16 @@ from server.adapters.bottleneck import (
     sublayer_work,
 )
 from server.adapters.ir import BottleneckEdit, FusionEdit, Placement, Program
-from server.adapters.kernels import Kernel, NativeEdits, load_native, lowrank_concat, lowrank_gather, lowrank_reference
+from server.adapters.kernels import Kernel, NativeEdits, lowrank_concat, lowrank_gather, lowrank_reference
 from server.adapters.native_bottleneck import NativeGroup
 from server.adapters.packed import pack_program
 from server.adapters.streams import Streams
 from tests.kernels import KERNELS
+from tests.server.adapters.conftest import native as load
+from tests.server.adapters.conftest import small_spec
 
 HIDDEN, SITE = 12, "out"
-SPEC = BaseSpec(
-    family="llama",
-    digest="",
-    dtype="float64",
-    hidden_size=HIDDEN,
-    vocab_size=11,
-    num_layers=1,
-    backbone_prefix="model.",
-    tied_head=False,
-    embedding="e",
-    head="h",
-    sites=(SiteSpec(SITE, "linear", HIDDEN, HIDDEN, False, 0),),
-)
+SPEC = small_spec(HIDDEN, SiteSpec(SITE, "linear", HIDDEN, HIDDEN, False, 0), dtype="float64")
 STREAMS = ("sublayer", "residual", "sum", "normed")
 
 
@@ -90,9 +80,7 @@ def programs(draw: st.DrawFn) -> list[tuple[list[BottleneckEdit], int]]:
 
 @pytest.fixture(scope="module")
 def native() -> NativeEdits:
-    kernel = load_native(KERNELS, torch.float32, torch.device("cpu"))
-    assert kernel is not None, "the machine that runs the tests has a C++ compiler"
-    return kernel
+    return load(KERNELS, torch.float32)
 
 
 @pytest.mark.parametrize("kernel", [None, lowrank_reference, lowrank_gather, lowrank_concat])
@@ -200,7 +188,7 @@ def test_activations_are_those_of_pytorch(activation: str, native: NativeEdits) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_that_is_not_finite_stays_alone(dtype: torch.dtype) -> None:
-    kernel = load_native(KERNELS, dtype, torch.device("cpu"))
+    kernel = load(KERNELS, dtype)
     placement = Placement("gelu", source="sum", residual="normed")
     item = BottleneckEdit(placement, *torch.randn(2, 5, HIDDEN), after_weight=torch.randn(HIDDEN), weight=0.5)
     program = Program()

@@ -13,28 +13,16 @@ from torch import Tensor
 
 from server.adapters.apply import EditCache, Run, StepEdits
 from server.adapters.bank import Bank
-from server.adapters.base_spec import BaseSpec, SiteSpec
+from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import LinearEdit, Program
 from server.adapters.kernels import Kernel
 from server.adapters.linear import SiteWork
 from server.adapters.native_linear import NativeLinearWork
 from server.adapters.packed import PackedProgram, pack_program
-from tests.server.adapters.conftest import native
+from tests.server.adapters.conftest import native, small_spec
 
 IN, OUT, SITE = 24, 40, "linear"
-SPEC = BaseSpec(
-    family="llama",
-    digest="",
-    dtype="float32",
-    hidden_size=IN,
-    vocab_size=11,
-    num_layers=1,
-    backbone_prefix="model.",
-    tied_head=False,
-    embedding="e",
-    head="h",
-    sites=(SiteSpec(SITE, "linear", IN, OUT, False, 0),),
-)
+SPEC = small_spec(IN, SiteSpec(SITE, "linear", IN, OUT, False, 0))
 TERMS = ("low_rank", "in_scale", "out_scale", "shift", "pairs", "rotation", "shared_rotation", "dense", "kron")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
