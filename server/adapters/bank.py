@@ -1,11 +1,11 @@
 """Device storage of resident programs. Knows sizes and references; not what an edit means.
 
-Two flat arenas with fixed addresses, ``rows`` (base dtype) and ``vectors`` (fp32), hold what all programs are mostly made of, at
-their true size (two numbers of a program in bf16 take one element of an fp32 arena); the few other tensors are kept per program. A slot
+One arena with a fixed address, read as ``rows`` (base dtype) and as ``vectors`` (fp32), holds what all programs are mostly made of, at
+their true size (two numbers of a program in bf16 take one element of fp32 rows); the few other tensors are kept per program. A slot
 is the index of a resident program; slot 0 is the base, which holds nothing.
 
 What goes when room is needed is ``eviction``'s business. Room that lies in pieces is not evicted for but pushed together: programs slide
-down into gaps, between two steps, also those in use. Since the budget counts what programs take in the arenas, rounding included, room by
+down into gaps, between two steps, also those in use. Since the budget counts what programs take in the arena, rounding included, room by
 the budget is room in one piece afterwards.
 """
 
@@ -28,13 +28,16 @@ from server.adapters.packed import PackedProgram, PrologueLayout, SiteLayout, Ta
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A program in the bank, at this place, where it takes ``nbytes``. ``serial`` is never used twice, unlike ``slot``: one that moved has a
-    new one. ``num_rows`` are elements of the arena, whose dtype need not be that of its matrices, ``rows_dtype``. ``kinds`` are its edits'
-    beside those of linears: ``norm``, ``bottleneck``, …; what a step has none of costs it nothing."""
+    """A program in the bank, which takes ``nbytes``: ``length`` of the arena from byte ``start`` on, and ``extras``. Offsets are elements of
+    ``rows`` and ``vectors``. ``serial`` is never used twice, unlike ``slot``: one that moved has a new one. ``num_rows`` are elements of
+    ``rows``, whose dtype need not be that of its matrices, ``rows_dtype``. ``kinds`` are its edits' beside those of linears: ``norm``,
+    ``bottleneck``, …; what a step has none of costs it nothing."""
 
     program_id: str
     slot: int
     serial: int
+    start: int
+    length: int
     rows_offset: int
     vectors_offset: int
     layouts: dict[str, SiteLayout]
@@ -51,8 +54,6 @@ class Resident:
 
 COMPUTE_ERRORS = (RuntimeError, MemoryError, ValueError, TypeError, IndexError)
 """What tensor operations raise, memory that runs out included."""
-_VECTOR_UNIT = 16
-"""Vectors are never read as rows: what they need is a place that copies well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +95,9 @@ class Bank:
     ) -> None:
         self.capacity_bytes = capacity_bytes
         self.max_slots = max_slots
-        self.unit = alignment(spec)
-        self._keeps_bf16 = keeps_bf16
-        vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        # Either as large as all may take together, which costs address space only.
-        self._rows = Arena(capacity_bytes, self.unit, dtype=dtype, device=device)
-        self._vectors = Arena(capacity_bytes, _VECTOR_UNIT, dtype=vector_dtype, device=device)
-        self.rows, self.vectors = self._rows.data, self._vectors.data
+        self._unit = alignment(spec)
+        self._arena = Arena(capacity_bytes, self._unit, dtype=dtype, device=device, keeps_bf16=keeps_bf16)
+        self.rows, self.vectors = self._arena.rows, self._arena.vectors
         self._free_slots = list(range(max_slots, 0, -1))
         self._by_id: dict[str, Resident] = {}
         self._by_slot: dict[int, Resident] = {}
@@ -133,8 +130,7 @@ class Bank:
 
     def footprint(self, program: PackedProgram) -> int:
         """The bytes that a program takes in the bank."""
-        flat = self._rows.nbytes(self._num_rows(program)) + self._vectors.nbytes(program.vectors.numel())
-        return flat + sum(tensor.nbytes for tensor in program.extras.values())
+        return self._arena.nbytes(program) + sum(tensor.nbytes for tensor in program.extras.values())
 
     def room_beside_pins(self, program_id: str) -> int:
         """The bytes that a program can have at most: what other explicitly pinned programs leave."""
@@ -215,21 +211,13 @@ class Bank:
         self._policy.release(program_id, tenant)
 
     def row_view(self, width: int) -> Tensor | None:
-        """The ``rows`` arena as ``(n, width)``, or None when programs are not aligned to this width."""
-        return self.rows.view(-1, width) if self.unit % width == 0 else None
+        """``rows`` as ``(n, width)``, or None when programs are not aligned to this width."""
+        return self.rows.view(-1, width) if self._unit % width == 0 else None
 
     def matrix(self, resident: Resident, offset: int, rank: int, width: int) -> Tensor:
         """A program's matrix ``(rank, width)`` in the base's dtype: a view of the arena or, where held in another, a copy in no budget."""
         held = self.rows[resident.rows_offset : resident.rows_offset + resident.num_rows].view(resident.rows_dtype)
         return held[offset : offset + rank * width].view(rank, width).to(self.rows.dtype)
-
-    def _rows_dtype(self, program: PackedProgram) -> torch.dtype:
-        """What a program's matrices are held in."""
-        return torch.bfloat16 if self._keeps_bf16 and program.rows.dtype is torch.bfloat16 else self.rows.dtype
-
-    def _num_rows(self, program: PackedProgram) -> int:
-        """Elements of the arena that a program's matrices take."""
-        return -(-program.rows.numel() * self._rows_dtype(program).itemsize // self.rows.itemsize)
 
     def _must_wait(self, program_id: str, tenant: str | None, footprint: int) -> bool:
         """Whether another program's claim goes first."""
@@ -252,8 +240,7 @@ class Bank:
         resident = self._by_id.pop(program_id)
         del self._by_slot[resident.slot]
         self._free_slots.append(resident.slot)
-        self._rows.release(resident.rows_offset, resident.num_rows)
-        self._vectors.release(resident.vectors_offset, resident.num_vectors)
+        self._arena.release(resident.start, resident.length)
         self.used_bytes -= resident.nbytes
         if self._claim is not None:
             self._claim.draining.discard(program_id)
@@ -265,30 +252,38 @@ class Bank:
 
     def _place(self, program: PackedProgram) -> Resident | None:
         """Install a program that there is room for; None: that takes more copies than are left of this step's."""
-        rows = vectors = None
-        resident = None
+        length, resident = self._arena.nbytes(program), None
+        start = self._make_room(length)
         try:
-            rows = self._rows.allocate(self._num_rows(program), self.copies, self._moved_rows)
-            if rows is not None:
-                vectors = self._vectors.allocate(program.vectors.numel(), self.copies, self._moved_vectors)
-            if rows is not None and vectors is not None and self.copies.allows(self.footprint(program)):
-                resident = self._install(program, rows, vectors)
+            if start is not None and self.copies.allows(self.footprint(program)):
+                resident = self._install(program, start, length)
         finally:
-            if resident is None and rows is not None:
-                self._rows.release(rows, self._num_rows(program))
-            if resident is None and vectors is not None:
-                self._vectors.release(vectors, program.vectors.numel())
+            if start is not None and resident is None:
+                self._arena.release(start, length)
         return resident
 
-    def _moved_rows(self, slide: Slide) -> None:
-        moved = next(item for item in self._by_id.values() if item.num_rows and item.rows_offset == slide.start)
-        self._replace(moved, replace(moved, rows_offset=slide.to, serial=self._next_serial()))
+    def _make_room(self, length: int) -> int | None:
+        """The start of a range that there is room for, if need be pushed together. None: that takes more than is left of this step's copies."""
+        while (start := self._arena.allocate(length)) is None:
+            slide = self._arena.next_slide()
+            assert slide is not None, "room by the budget is room in the arena"
+            if not self.copies.allows(slide.length):
+                return None
+            self._slide(slide)
+        return start
 
-    def _moved_vectors(self, slide: Slide) -> None:
-        moved = next(item for item in self._by_id.values() if item.num_vectors and item.vectors_offset == slide.start)
-        self._replace(moved, replace(moved, vectors_offset=slide.to, serial=self._next_serial()))
-
-    def _replace(self, resident: Resident, moved: Resident) -> None:
+    def _slide(self, slide: Slide) -> None:
+        resident = next(item for item in self._by_id.values() if item.length and item.start == slide.start)
+        self._arena.slide(slide)
+        self.copies.spend(slide.length)
+        distance = slide.start - slide.to
+        moved = replace(
+            resident,
+            serial=self._next_serial(),
+            start=slide.to,
+            rows_offset=resident.rows_offset - distance // self.rows.itemsize,
+            vectors_offset=resident.vectors_offset - distance // self.vectors.itemsize,
+        )
         self._by_id[moved.program_id] = self._by_slot[moved.slot] = moved
         self._tell(resident.serial)
 
@@ -296,30 +291,29 @@ class Bank:
         self._serial += 1
         return self._serial
 
-    def _install(self, program: PackedProgram, rows: int, vectors: int) -> Resident:
-        device, num_rows, rows_dtype = self.rows.device, self._num_rows(program), self._rows_dtype(program)
-        place = self.rows[rows : rows + num_rows].view(rows_dtype)[: program.rows.numel()]
-        # From pinned memory these copies run beside the host, and the device widens; they are in order with the step that reads them.
-        given = program.rows if program.rows.dtype is rows_dtype else program.rows.to(device, non_blocking=True)
-        place.copy_(given, non_blocking=True)
-        self.vectors[vectors : vectors + program.vectors.numel()].copy_(program.vectors, non_blocking=True)
+    def _install(self, program: PackedProgram, start: int, length: int) -> Resident:
+        # These copies are in order with the step that reads them.
+        self._arena.write(program, start)
         # Copies on the CPU, too: a view would keep the whole of the host's copy.
-        extras = {name: tensor.to(device, non_blocking=True, copy=True) for name, tensor in program.extras.items()}
+        extras = {name: tensor.to(self.rows.device, non_blocking=True, copy=True) for name, tensor in program.extras.items()}
+        rows_offset, vectors_offset = self._arena.offsets(program, start)
         # Nothing below can fail.
         resident = Resident(
             program_id=program.program_id,
             slot=self._free_slots.pop(),
             serial=self._next_serial(),
-            rows_offset=rows,
-            vectors_offset=vectors,
+            start=start,
+            length=length,
+            rows_offset=rows_offset,
+            vectors_offset=vectors_offset,
             layouts=program.layouts,
             extras=extras,
             invocation_tokens=program.invocation_tokens,
             prologue=program.prologue,
             head=program.head,
-            num_rows=num_rows,
+            num_rows=self._arena.num_rows(program),
             num_vectors=program.vectors.numel(),
-            rows_dtype=rows_dtype,
+            rows_dtype=self._arena.rows_dtype(program),
             nbytes=self.footprint(program),
             kinds=frozenset(kind for layout in program.layouts.values() for kind in layout.kinds),
         )

@@ -31,7 +31,7 @@ VECTORS = frozenset(
         "after_bias",
     }
 )
-"""Fields that hold one number a channel: kept at least in fp32, in an arena of their own."""
+"""Fields that hold one number a channel: kept at least in fp32, laid out apart from matrices."""
 
 
 @dataclass(slots=True)

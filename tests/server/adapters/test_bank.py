@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Callable
@@ -174,6 +175,16 @@ class BankMachine(RuleBasedStateMachine):
                 assert torch.equal(view[(resident.rows_offset + down) // 6], matrix[0])
         assert len(slots) == len(self.ranks)
         assert 0 not in slots
+        ends = [0]
+        for resident in sorted(map(self.bank.find, self.ranks), key=lambda item: item.start):  # type: ignore[union-attr]
+            assert resident is not None
+            assert resident.start >= ends[-1]
+            assert resident.start == resident.rows_offset * self.bank.rows.itemsize
+            assert resident.vectors_offset * self.bank.vectors.itemsize % 64 == 0
+            rows_end = resident.start + resident.num_rows * self.bank.rows.itemsize
+            assert rows_end <= resident.vectors_offset * self.bank.vectors.itemsize
+            ends.append(resident.start + resident.length)
+            assert (resident.vectors_offset + resident.num_vectors) * self.bank.vectors.itemsize <= ends[-1]
 
 
 class Bf16BankMachine(BankMachine):
@@ -187,11 +198,44 @@ TestBf16BankMachine = Bf16BankMachine.TestCase
 TestBankMachine.settings = TestBf16BankMachine.settings = settings(max_examples=40, stateful_step_count=30)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_and_vectors_are_the_same_bytes(dtype: torch.dtype) -> None:
+    """One budget is one allocation, as many whole units of 12 numbers that end at a multiple of 64 bytes as fit into it."""
+    bank = Bank(SPEC, capacity_bytes=CAPACITY, max_slots=4, dtype=dtype, device=torch.device("cpu"))
+    assert bank.rows.data_ptr() == bank.vectors.data_ptr()
+    assert bank.rows.nbytes == bank.vectors.nbytes == CAPACITY // (unit := math.lcm(12 * dtype.itemsize, 64)) * unit
+    assert bank.vectors.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+
+
 def test_matrices_in_bf16_take_half_the_room_where_they_stay_so() -> None:
+    """960 or 480 bytes of matrices, up to a multiple of 64; 48 of vectors; and all of it in units of 192."""
     wide, exact = packed("p0", 12), packed("exact0", 12)
-    vectors = wide.vectors.nbytes + -wide.vectors.nbytes % 64
-    footprints = [make_bank(keeps_bf16=keeps).footprint(item) - vectors for keeps in (False, True) for item in (wide, exact)]
-    assert footprints == [960, 960, 960, 480]
+    assert (wide.rows.nbytes, exact.rows.nbytes, wide.vectors.nbytes) == (960, 480, 48)
+    footprints = [make_bank(keeps_bf16=keeps).footprint(item) for keeps in (False, True) for item in (wide, exact)]
+    assert footprints == [1152, 1152, 1152, 576]
+
+
+def test_a_program_of_loose_tensors_takes_nothing_of_the_arena() -> None:
+    """It lies where another one does, and does not move with it."""
+    program = Program()
+    program.add("a", LinearEdit(dense=torch.randn(4, 6)))
+    loose, programs = pack_program(program, program_id="loose"), [packed(f"p{index}", 9) for index in range(3)]
+    taken = make_bank().footprint(programs[0])
+    bank = make_bank(capacity=3 * taken + 96)
+    for item in (loose, *programs):
+        assert bank.admit(item).evicted == ()
+    before = bank.find("loose")
+    assert before is not None
+    assert (before.length, before.nbytes, bank.used_bytes) == (0, 96, bank.capacity_bytes)
+    for name in ("p0", "p2"):
+        bank.evict(name)
+    assert bank.admit(packed("wide", 18)).evicted == ()
+    moved = bank.find("p1")
+    assert moved is not None
+    assert moved.start == 0
+    assert bank.find("loose") is before
+    bank.evict("loose")
+    assert bank.used_bytes == taken + bank.footprint(packed("wide", 18))
 
 
 def test_alignment_leaves_out_vocabularies() -> None:
@@ -204,9 +248,9 @@ def test_room_beside_explicit_pins() -> None:
     bank.keep("p0")
     taken = bank.footprint(packed("p0", 2))
     assert (bank.permanent_bytes, bank.room_beside_pins("p1"), bank.room_beside_pins("p0")) == (taken, CAPACITY - taken, CAPACITY)
-    assert bank.admit(packed("p1", 16)).resident is None
+    assert bank.admit(packed("p1", 15)).resident is None
     bank.let_go("p0")
-    assert bank.admit(packed("p1", 16)).evicted == ("p0",)
+    assert bank.admit(packed("p1", 15)).evicted == ("p0",)
 
 
 def test_room_in_pieces_is_pushed_together_and_nobody_evicted_for_it() -> None:
@@ -272,7 +316,7 @@ def test_one_that_insists_is_served_though_others_never_stop_coming() -> None:
     """It wants most of the bank, and a tenant within its share starts a long generation on a new program before the last one has ended."""
     clock = Clock()
     bank = make_bank(clock, capacity=8 * make_bank().footprint(packed("p", 4)), slots=64)
-    wide = packed("wide", 27)
+    wide = packed("wide", 40)
     assert bank.capacity_bytes * 0.7 < bank.footprint(wide) < bank.capacity_bytes
     running: dict[str, float] = {}
     since = clock.now

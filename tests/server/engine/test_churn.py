@@ -168,13 +168,13 @@ class Churn:
 
 
 @pytest.fixture
-def moves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ranges that slid within the bank, by their type."""
-    slid: list[str] = []
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[Slide]:
+    """The ranges that slid within the bank."""
+    slid: list[Slide] = []
     copy_down = Arena._copy_down
 
     def counted(arena: Arena, slide: Slide) -> None:
-        slid.append(str(arena.data.dtype))
+        slid.append(slide)
         copy_down(arena, slide)
 
     monkeypatch.setattr(Arena, "_copy_down", counted)
@@ -200,7 +200,7 @@ def churn(
     engine.close()
 
 
-def test_interleavings(churn: Churn, moves: list[str], request: pytest.FixtureRequest) -> None:
+def test_interleavings(churn: Churn, moves: list[Slide], request: pytest.FixtureRequest) -> None:
     for seed in range(ROUNDS):
         churn.round(seed)
     counters = churn.engine.stats().counters
