@@ -7,6 +7,8 @@ is the index of a resident program; slot 0 is the base, which holds nothing.
 What goes when room is needed is ``eviction``'s business. Room that lies in pieces is not evicted for but pushed together: programs slide
 down into gaps, between two steps, also those in use. Since the budget counts what programs take in the arena, rounding included, room by
 the budget is room in one piece afterwards.
+
+On a GPU programs are copied beside the steps. One whose copy is under way is resident, but cannot be pinned; nobody else waits for it.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from torch import Tensor
 
 from server.adapters.arena import Arena
 from server.adapters.base_spec import BaseSpec
+from server.adapters.claim import Claim
 from server.adapters.copy_budget import CopyBudget
 from server.adapters.eviction import Eviction
 from server.adapters.extents import Slide
 from server.adapters.packed import PackedProgram, PrologueLayout, SiteLayout, TaskHeadLayout, alignment
+from server.adapters.pending_copies import CopyStream, PendingCopies
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +71,10 @@ class Admission:
     error: Exception | None = None
 
 
-@dataclass(slots=True)
-class _Claim:
-    """A program that has waited for too long. ``draining`` programs get no new references; ``shares`` is whether shares hold for it."""
-
-    program_id: str
-    tenant: str | None
-    shares: bool
-    draining: set[str]
-
-
 class Bank:
     """Admits, pins and evicts programs under one byte budget and a number of slots. ``copies`` bounds what a step copies and moves.
     ``keeps_bf16``: matrices that were packed in bf16 stay so, for kernels that read them beside the base's dtype; otherwise all become that.
+    ``copy_stream``: where programs are copied, on a device that copies beside its steps.
     """
 
     def __init__(
@@ -91,6 +86,7 @@ class Bank:
         dtype: torch.dtype,
         device: torch.device,
         keeps_bf16: bool = False,
+        copy_stream: CopyStream | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.capacity_bytes = capacity_bytes
@@ -102,7 +98,8 @@ class Bank:
         self._by_id: dict[str, Resident] = {}
         self._by_slot: dict[int, Resident] = {}
         self._policy = Eviction(capacity_bytes, max_slots, clock=clock)
-        self._claim: _Claim | None = None
+        self._claim: Claim | None = None
+        self._pending = PendingCopies(copy_stream)
         self._watchers: list[Callable[[int], None]] = []
         self._serial = 0
         self.copies = CopyBudget()
@@ -121,6 +118,17 @@ class Bank:
     def permanent_bytes(self) -> int:
         """What explicitly pinned programs take."""
         return self._policy.permanent_bytes
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether ``begin_step`` has something to find out."""
+        return bool(self._pending)
+
+    def begin_step(self, copy_bytes: int) -> None:
+        """From now on so many bytes may be copied, and what has arrived can be pinned."""
+        self.copies.begin(copy_bytes)
+        if self._pending.begin_step():
+            self._policy.recheck()
 
     def resident(self, slot: int) -> Resident:
         return self._by_slot[slot]
@@ -160,16 +168,18 @@ class Bank:
         program_id, footprint = program.program_id, self.footprint(program)
         if program_id in self._by_id:
             return Admission(self._by_id[program_id])
-        if self._must_wait(program_id, tenant, footprint):
+        if self._claim is not None and self._claim.goes_before(program_id, tenant, footprint):
             return Admission()
         if not self.copies.allows(footprint):
             return Admission(is_deferred=True)
         nbytes, count = self.used_bytes + footprint - self.capacity_bytes, 1 - len(self._free_slots)
         claim = self._claim if self._claim is not None and self._claim.program_id == program_id else None
-        victims = self._policy.choose(tenant, nbytes, count, shares=claim is None or claim.shares)
+        shares = claim is None or claim.shares
+        victims = self._policy.choose(tenant, nbytes, count, stays=self._pending.stays, shares=shares)
         if victims is None:
             if insists or claim is not None:
-                self._drain(program_id, tenant, nbytes, count)
+                self._claim = self._claim or Claim(self._policy, program_id, tenant)
+                self._claim.drain(tenant, nbytes, count)
             return Admission()
         for victim in victims:
             self._policy.evict(victim)
@@ -196,8 +206,9 @@ class Bank:
         self._free(program_id)
 
     def can_pin(self, program_id: str) -> bool:
-        """Whether a resident program takes new references: not while it is drained for another."""
-        return self._claim is None or program_id not in self._claim.draining
+        """Whether a resident program takes new references: not before it has arrived, nor while it is drained for another."""
+        is_draining = self._claim is not None and program_id in self._claim.draining
+        return not is_draining and not self._pending.is_pending(program_id)
 
     def pin(self, program_id: str, tenant: str = "", *, again: bool = False) -> int:
         """Take a reference for a tenant's sequence that runs (``again``: it ran before, and is no new use), and return the slot."""
@@ -210,6 +221,10 @@ class Bank:
         """Give back a reference that the tenant took."""
         self._policy.release(program_id, tenant)
 
+    def close(self) -> None:
+        """No copy goes on into memory that is given back with the bank."""
+        self._pending.forget_all()
+
     def row_view(self, width: int) -> Tensor | None:
         """``rows`` as ``(n, width)``, or None when programs are not aligned to this width."""
         return self.rows.view(-1, width) if self._unit % width == 0 else None
@@ -219,27 +234,11 @@ class Bank:
         held = self.rows[resident.rows_offset : resident.rows_offset + resident.num_rows].view(resident.rows_dtype)
         return held[offset : offset + rank * width].view(rank, width).to(self.rows.dtype)
 
-    def _must_wait(self, program_id: str, tenant: str | None, footprint: int) -> bool:
-        """Whether another program's claim goes first."""
-        if self._claim is None or self._claim.program_id == program_id:
-            return False
-        if not self._claim.shares or tenant is None or tenant == self._claim.tenant:
-            return True
-        return not self._policy.is_within_share(tenant, footprint)
-
-    def _drain(self, program_id: str, tenant: str | None, nbytes: int, count: int) -> None:
-        if self._claim is None:
-            self._claim = _Claim(program_id, tenant, shares=True, draining=set())
-        found = self._policy.choose(tenant, nbytes, count, drains=True) if self._claim.shares else None
-        if found is None:
-            self._claim.shares = False
-            found = self._policy.choose(tenant, nbytes, count, shares=False, drains=True) or []
-        self._claim.draining.update(found)
-
     def _free(self, program_id: str) -> None:
         resident = self._by_id.pop(program_id)
         del self._by_slot[resident.slot]
         self._free_slots.append(resident.slot)
+        self._pending.forget(program_id)
         self._arena.release(resident.start, resident.length)
         self.used_bytes -= resident.nbytes
         if self._claim is not None:
@@ -274,6 +273,8 @@ class Bank:
 
     def _slide(self, slide: Slide) -> None:
         resident = next(item for item in self._by_id.values() if item.length and item.start == slide.start)
+        # Steps, which move it, would move what has not arrived.
+        self._pending.come_first(resident.program_id)
         self._arena.slide(slide)
         self.copies.spend(slide.length)
         distance = slide.start - slide.to
@@ -292,10 +293,15 @@ class Bank:
         return self._serial
 
     def _install(self, program: PackedProgram, start: int, length: int) -> Resident:
-        # These copies are in order with the step that reads them.
-        self._arena.write(program, start)
-        # Copies on the CPU, too: a view would keep the whole of the host's copy.
-        extras = {name: tensor.to(self.rows.device, non_blocking=True, copy=True) for name, tensor in program.extras.items()}
+        # Not as a part of the copy: memory that is allocated on a stream is handed on within it when it is freed, and steps read this.
+        extras = {name: torch.empty_like(tensor, device=self.rows.device) for name, tensor in program.extras.items()}
+
+        def copy() -> None:
+            self._arena.write(program, start)
+            for name, tensor in extras.items():
+                tensor.copy_(program.extras[name], non_blocking=True)
+
+        self._pending.run(program.program_id, copy)
         rows_offset, vectors_offset = self._arena.offsets(program, start)
         # Nothing below can fail.
         resident = Resident(

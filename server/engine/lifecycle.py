@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from server.adapters.bank import COMPUTE_ERRORS, Bank
+from server.adapters.copy_stream import CudaCopyStream
 from server.adapters.kernels import Kernel, NativeEdits
 from server.engine.host_tier import HostTier
 from server.engine.kernels.choice import choose_kernels
@@ -83,6 +84,7 @@ class Lifecycle(ABC, Generic[W, R]):
             dtype=dtype,
             device=device,
             keeps_bf16=isinstance(self._kernels.low_rank, NativeEdits),
+            copy_stream=CudaCopyStream(device) if device.type == "cuda" else None,
             clock=clock,
         )
         self.host = HostTier(settings.host_bytes, clock=clock)
@@ -177,6 +179,7 @@ class Lifecycle(ABC, Generic[W, R]):
 
     def close(self) -> None:
         self.loader.close()
+        self.bank.close()
 
     @abstractmethod
     def _enqueue(self, sequence: Sequence) -> None:

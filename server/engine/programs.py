@@ -64,8 +64,9 @@ class Programs:
 
     @property
     def has_pending(self) -> bool:
-        """Whether the next step has something to do here though no load has ended: a copy that did not fit into this one, or a refusal."""
-        return self._tiers.is_deferred or bool(self._refused)
+        """Whether the next step has something to do here though no load has ended: a copy that did not fit into this one or is under way, or a
+        refusal."""
+        return self._tiers.is_deferred or self.bank.is_copying or bool(self._refused)
 
     @property
     def num_waiting(self) -> int:
@@ -142,7 +143,7 @@ class Programs:
                 self._refused[program_id] = attempt.problem
             if not attempt.is_admitted:
                 return False
-        elif not self.bank.can_pin(program_id):
+        if not self.bank.can_pin(program_id):
             return False
         sequence.slot = self.bank.pin(program_id, sequence.tenant, again=sequence.has_run)
         if not sequence.has_run:

@@ -64,8 +64,8 @@ class Tiers:
         self._blocked: dict[str, float] = {}
 
     def begin_step(self) -> None:
-        """New copies may be made. ``is_deferred`` says from then on whether some had to be left for the next step."""
-        self.bank.copies.begin(COPY_BYTES_PER_STEP)
+        """New copies may be made, and those that are done count. ``is_deferred`` says from then on whether some had to be left for the next step."""
+        self.bank.begin_step(COPY_BYTES_PER_STEP)
         self.is_deferred = False
 
     def tell(self, program_id: str, *, seconds: float = 0.0, reason: str = "") -> None:

@@ -138,7 +138,8 @@ class RequestOutput:
 
 
 class ProgramState(enum.StrEnum):
-    """Where a program is, as the engine tells the registry."""
+    """Where a program is, as the engine tells the registry: resident from when it has its place on the device, though its copy may take a
+    moment longer there."""
 
     STORED = "stored"
     LOADING = "loading"

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.adapters.arena import Arena
-from server.adapters.bank import Bank
+from server.adapters.bank import Admission, Bank
 from server.adapters.base_spec import SiteSpec
 from server.adapters.ir import LinearEdit, Program
 from server.adapters.packed import PackedProgram, alignment, pack_program
+from server.adapters.pending_copies import CopyStream
+from tests.held_copies import HeldCopies
 from tests.server.adapters.conftest import small_spec
 
 SPEC = small_spec(
@@ -55,11 +57,22 @@ class Clock:
 
 
 def make_bank(
-    clock: Callable[[], float] = time.monotonic, *, capacity: int = CAPACITY, slots: int = 4, keeps_bf16: bool = False
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    capacity: int = CAPACITY,
+    slots: int = 4,
+    keeps_bf16: bool = False,
+    copy_stream: CopyStream | None = None,
 ) -> Bank:
-    device = torch.device("cpu")
     return Bank(
-        SPEC, capacity_bytes=capacity, max_slots=slots, dtype=torch.float32, device=device, keeps_bf16=keeps_bf16, clock=clock
+        SPEC,
+        capacity_bytes=capacity,
+        max_slots=slots,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        keeps_bf16=keeps_bf16,
+        copy_stream=copy_stream,
+        clock=clock,
     )
 
 
@@ -67,11 +80,12 @@ class BankMachine(RuleBasedStateMachine):
     """Programs of different ranks, also in bf16, come for two tenants, are used, pinned for ever, moved and evicted in any order."""
 
     keeps_bf16 = False
+    copy_stream: HeldCopies | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.bank = make_bank(self.clock, keeps_bf16=self.keeps_bf16)
+        self.bank = make_bank(self.clock, keeps_bf16=self.keeps_bf16, copy_stream=self.copy_stream)
         self.pins: dict[str, list[str]] = {}
         self.ranks: dict[str, int] = {}
         self.kept: set[str] = set()
@@ -90,10 +104,11 @@ class BankMachine(RuleBasedStateMachine):
             return
         program = packed(name, rank)
         copied = self.bank.copies.total
-        self.bank.copies.begin(copy_bytes)
+        pending = {held for held in self.ranks if not self.has_arrived(held)}
+        self.bank.begin_step(copy_bytes)
         admission = self.bank.admit(program, tenant, insists=insists)
         copied = self.bank.copies.total - copied
-        assert not set(admission.evicted) & (self.pins.keys() | self.kept)
+        assert not set(admission.evicted) & (self.pins.keys() | self.kept | pending)
         for gone in admission.evicted:
             del self.ranks[gone]
         if admission.resident is not None:
@@ -132,6 +147,10 @@ class BankMachine(RuleBasedStateMachine):
             self.kept.discard(name)
             self.bank.let_go(name)
 
+    def has_arrived(self, name: str) -> bool:
+        """Whether the bank has been told that a program is all there."""
+        return not self.bank._pending.is_pending(name)
+
     @rule(seconds=st.sampled_from([1.0, 20.0]))
     def wait(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -160,6 +179,9 @@ class BankMachine(RuleBasedStateMachine):
             assert resident.serial not in self.gone
             assert self.bank.resident(resident.slot) is resident
             slots.add(resident.slot)
+            if not self.has_arrived(name):
+                assert not self.bank.can_pin(name)
+                continue
             expected = packed(name, rank)
             assert resident.rows_dtype is (expected.rows.dtype if self.keeps_bf16 else torch.float32)
             held = self.bank.rows[resident.rows_offset : resident.rows_offset + resident.num_rows].view(resident.rows_dtype)
@@ -193,9 +215,36 @@ class Bf16BankMachine(BankMachine):
     keeps_bf16 = True
 
 
+class CopyingBankMachine(Bf16BankMachine):
+    """The same where copies run beside the steps: programs go, move and are pinned for ever before they have arrived."""
+
+    def __init__(self) -> None:
+        self.copy_stream = HeldCopies()
+        super().__init__()
+
+    @rule(count=st.integers(1, 3), begins=st.booleans())
+    def finish(self, count: int, begins: bool) -> None:
+        assert self.copy_stream is not None
+        self.copy_stream.finish(count)
+        if begins:
+            self.bank.begin_step(1)
+
+    def teardown(self) -> None:
+        assert self.copy_stream is not None
+        self.copy_stream.finish()
+        self.bank.begin_step(1)
+        assert all(self.has_arrived(name) for name in self.ranks)
+        self.holds_what_was_admitted()
+        self.bank.begin_step(1)
+        assert not self.bank.is_copying
+
+
 TestBankMachine = BankMachine.TestCase
 TestBf16BankMachine = Bf16BankMachine.TestCase
-TestBankMachine.settings = TestBf16BankMachine.settings = settings(max_examples=40, stateful_step_count=30)
+TestCopyingBankMachine = CopyingBankMachine.TestCase
+TestBankMachine.settings = TestBf16BankMachine.settings = TestCopyingBankMachine.settings = settings(
+    max_examples=40, stateful_step_count=30
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -358,6 +407,68 @@ def test_what_the_device_cannot_do_leaves_nothing(failing: tuple[type, str], mon
     assert kept is not None
     for item, program in ((admitted, large), (kept, packed("p1", 9))):
         assert torch.equal(bank.rows[item.rows_offset : item.rows_offset + item.num_rows], program.rows)
+
+
+def test_what_is_being_copied_is_not_evicted_before_it_could_be_used() -> None:
+    """One slot and two programs that want it: the first one has a step for itself, whoever is asked for first in it."""
+    copies = HeldCopies()
+    bank = make_bank(slots=1, copy_stream=copies)
+    first = bank.admit(packed("first", 1), "a")
+    assert first.resident is not None
+    assert not bank.can_pin("first")
+    for _ in range(2):
+        bank.begin_step(10**9)
+        assert bank.admit(packed("second", 1), "b") == Admission()
+    copies.finish()
+    assert not bank.can_pin("first")
+    bank.begin_step(10**9)
+    assert bank.can_pin("first")
+    assert bank.admit(packed("second", 1), "b") == Admission()
+    assert bank.is_copying
+    bank.begin_step(10**9)
+    assert not bank.is_copying
+    assert bank.admit(packed("second", 1), "b").evicted == ("first",)
+
+
+def test_one_that_insists_drains_what_is_being_copied() -> None:
+    copies = HeldCopies()
+    bank = make_bank(slots=1, copy_stream=copies)
+    bank.admit(packed("first", 1), "a")
+    assert bank.admit(packed("second", 1), "b", insists=True) == Admission()
+    copies.finish()
+    for _ in range(2):
+        bank.begin_step(10**9)
+        assert not bank.can_pin("first")
+    assert bank.admit(packed("second", 1), "b").evicted == ("first",)
+
+
+def test_what_goes_or_moves_before_it_has_arrived_spoils_nothing() -> None:
+    """The first of three goes and the others are pushed down before anything has been copied; a fourth lies where they were."""
+    copies, wide, taken = HeldCopies(), packed("wide", 18), make_bank().footprint(packed("p0", 9))
+    bank = make_bank(capacity=2 * taken + make_bank().footprint(wide), copy_stream=copies)
+    assert taken < bank.capacity_bytes - 2 * taken < 2 * taken
+    for index in range(3):
+        bank.admit(packed(f"p{index}", 9))
+    bank.evict("p0")
+    assert bank.admit(wide).resident is not None
+    assert [item.start for name in ("p1", "p2", "wide") if (item := bank.find(name))] == [0, taken, 2 * taken]
+    copies.finish()
+    bank.begin_step(10**9)
+    for name, program in (("p1", packed("p1", 9)), ("p2", packed("p2", 9)), ("wide", wide)):
+        assert bank.can_pin(name)
+        item = bank.find(name)
+        assert item is not None
+        assert torch.equal(bank.rows[item.rows_offset : item.rows_offset + item.num_rows], program.rows)
+
+
+def test_no_copy_outlives_the_bank() -> None:
+    copies = HeldCopies()
+    bank = make_bank(copy_stream=copies)
+    item = bank.admit(packed("p0", 9)).resident
+    assert item is not None
+    bank.close()
+    assert torch.equal(bank.rows[item.rows_offset : item.rows_offset + item.num_rows], packed("p0", 9).rows)
+    assert not bank.is_copying
 
 
 def test_a_sequence_that_runs_again_is_no_new_use() -> None:

@@ -14,11 +14,13 @@ from adapter_store.residency import TRANSITIONS
 from server.adapters.arena import Arena
 from server.adapters.extents import Slide
 from server.adapters.ir import LinearEdit, Program
+from server.adapters.pending_copies import PendingCopies
 from server.adapters.program_file import write_program
 from server.engine.engine import Engine
 from server.engine.types import BASE, FinishReason, ProgramRef
 from tests.conftest import TinyModels
 from tests.harness import greedy, load_base_for_lowering, make_engine, run
+from tests.held_copies import HeldCopies
 
 PROMPTS = ([9, 200, 31, 77], [5] * 19)
 TOKENS = 4
@@ -67,11 +69,19 @@ def alone(model: Path, refs: dict[str, ProgramRef]) -> dict[tuple[str, int], lis
 
 
 class Churn:
-    """One engine through many rounds, each of which ends with nothing running, and some with nothing left."""
+    """One engine through many rounds, each of which ends with nothing running, and some with nothing left. ``copies`` end at random."""
 
-    def __init__(self, engine: Engine, refs: dict[str, ProgramRef], alone: dict[tuple[str, int], list[int]]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        refs: dict[str, ProgramRef],
+        alone: dict[tuple[str, int], list[int]],
+        copies: HeldCopies | None = None,
+    ) -> None:
         self.engine = engine
         self.now = 0.0
+        self._copies = copies
+        self._ends = random.Random(0)
         self._refs = refs
         self._alone = alone
         self._tokens: dict[str, list[int]] = {}
@@ -113,6 +123,8 @@ class Churn:
         self.engine.add(greedy(request_id, PROMPTS[prompt], self._refs[name], tokens=tokens, tenant=rng.choice("ab")))
 
     def _step(self) -> None:
+        if self._copies is not None:
+            self._copies.finish(self._ends.randint(0, 2))
         for output in self.engine.step():
             assert output.request_id not in self._ended, "an output after the end"
             assert output.error is None, output.error
@@ -158,6 +170,7 @@ class Churn:
         left = (stats.bank_bytes_used, stats.bank_bytes_pinned, stats.host_bytes_used, self.engine.host.reserved_bytes)
         assert left == (0, 0, 0, 0), f"round {seed}"
         assert (stats.slots_used, stats.slots_pinned, stats.kv_blocks_used, stats.waiting_for_adapter) == (0, 0, 0, 0)
+        assert not self.engine.bank.is_copying
         assert not self._states
         programs, tiers = self.engine._programs, self.engine._programs._tiers
         for held in ("_users", "_waiting", "_pins", "_pins_to_bring", "_pinned_sizes", "_prefetches", "_refused"):
@@ -181,21 +194,24 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[Slide]:
     return slid
 
 
-@pytest.fixture(params=["few slots", "small host", "pieces"])
+@pytest.fixture(params=["few slots", "small host", "pieces", "pieces, copied beside steps"])
 def churn(
     request: pytest.FixtureRequest, model: Path, refs: dict[str, ProgramRef], alone: dict[tuple[str, int], list[int]]
 ) -> Iterator[Churn]:
     """Fewer slots than programs; or a host tier of one program, and a bank of the two largest, so that one fits beside any pins; or a bank
-    that most of them fit into, though rarely without being pushed together."""
+    that most of them fit into, though rarely without being pushed together, and the same where copies run beside the steps."""
     clock: list[Churn] = []
     file_bytes = {name: Path(ref.path).stat().st_size for name, ref in refs.items() if name != "base"}
     sizes = {
         "few slots": {"max_slots": 2, "host_bytes": 3 * file_bytes["p3"]},
         "small host": {"bank_bytes": 2 * file_bytes["p4"], "host_bytes": 1},
         "pieces": {"bank_bytes": sum(file_bytes.values()) * 5 // 10},
-    }[request.param]
+    }[request.param.partition(",")[0]]
     engine = make_engine(model, "float64", max_running=3, clock=lambda: clock[0].now if clock else 0.0, **sizes)
-    clock.append(Churn(engine, refs, alone))
+    copies = HeldCopies() if "beside" in request.param else None
+    if copies is not None:
+        engine.bank._pending = PendingCopies(copies)
+    clock.append(Churn(engine, refs, alone, copies))
     yield clock[0]
     engine.close()
 
