@@ -3,8 +3,8 @@
 ``python -m benchmarks.gpu`` needs torch, transformers and triton alone. One step packs a batch and runs it, for 1–256 sequences of one
 length: plain, and with every row's adapter another one as far as there are some. The limit is the time in which the memory can read once
 what the step must read: the base's weights, the sequences' keys and values, and the weights of the adapters in the step. Bandwidth is
-measured in the same run. Writes ``benchmarks/out/gpu.json``. ``--tiny`` tries the program out on any machine; its figures mean nothing, and
-it writes none.
+measured in the same run. Decode steps are recorded and replayed unless ``--eager`` says not to. Writes ``benchmarks/out/gpu.json``. ``--tiny``
+tries the program out on any machine; its figures mean nothing, and it writes none.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from server.adapters.ir import LinearEdit, Program
 from server.adapters.packed import pack_program
 from server.engine import attention
 from server.engine.batch import pack
+from server.engine.graphs import AFTER, GraphLimits
 from server.engine.kernels.choice import choose_kernels
 from server.engine.kv_cache import KVCache
 from server.engine.model import BaseModel
@@ -76,6 +77,7 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure decode steps on a GPU.")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape in fp32, on the CPU where there is no GPU")
+    parser.add_argument("--eager", action="store_true", help="launch every kernel of every step, instead of replaying recordings")
     arguments = parser.parse_args()
     size = TINY if arguments.tiny else LLAMA_3_8B
     if not arguments.tiny and not torch.cuda.is_available():
@@ -86,27 +88,34 @@ def main() -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     speed = bandwidth(device, 1 << (24 if arguments.tiny else 31))
     print(f"{name}, {dtype}, {speed / 1e9:.0f} GB/s measured by a copy")
-    rows = measure(size, dtype, device, speed)
+    rows = measure(size, dtype, device, speed, records=not arguments.eager)
     if arguments.tiny:
         return 0
     OUT.mkdir(exist_ok=True)
-    found = {"device": name, "torch": torch.__version__, "bandwidth_gb_per_s": speed / 1e9, "rows": [asdict(row) for row in rows]}
+    found = {
+        "device": name,
+        "torch": torch.__version__,
+        "bandwidth_gb_per_s": speed / 1e9,
+        "recorded": not arguments.eager,
+        "rows": [asdict(row) for row in rows],
+    }
     (OUT / "gpu.json").write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 
 @torch.inference_mode()
-def measure(size: Size, dtype: torch.dtype, device: torch.device, speed: float) -> list[Row]:
-    """Every batch size. ``speed`` in bytes a second."""
+def measure(size: Size, dtype: torch.dtype, device: torch.device, speed: float, *, records: bool) -> list[Row]:
+    """Every batch size. ``speed`` in bytes a second; ``records``: decode steps are recorded where the device can."""
     base = make_base(size, dtype, device)
     bank = Bank(base.spec, capacity_bytes=bank_bytes(size, base.spec, dtype), max_slots=size.adapters, dtype=dtype, device=device)
     for index in range(size.adapters):
         program = random_program(base.spec, RANKS[index % len(RANKS)], dtype, device)
         bank.admit(pack_program(program, program_id=str(index)))
     blocks = -(-size.context // BLOCK)
+    limits = GraphLimits(max(size.rows), blocks, BLOCK, spare_block=max(size.rows) * blocks + 1)
     cache = KVCache(
         num_layers=size.layers,
-        num_blocks=max(size.rows) * blocks + 1,
+        num_blocks=limits.spare_block + 1,
         block_size=BLOCK,
         kv_heads=size.kv_heads,
         head_dim=base.head_dim,
@@ -114,7 +123,8 @@ def measure(size: Size, dtype: torch.dtype, device: torch.device, speed: float) 
         device=device,
     )
     kernels = choose_kernels("", dtype, device)
-    runner = Runner(base, cache, bank, kernel=kernels.low_rank, attention=kernels.attention)
+    graphs = (kernels.make_graph, limits) if kernels.make_graph is not None and records else None
+    runner = Runner(base, cache, bank, kernel=kernels.edits, attention=kernels.attention, graphs=graphs)
     weights = sum(item.nbytes for item in base.model.parameters()) - base.model.get_input_embeddings().weight.nbytes
     block_bytes = KVCache.block_bytes(size.layers, BLOCK, size.kv_heads, base.head_dim, dtype)
     found = []
@@ -200,15 +210,15 @@ def bandwidth(device: torch.device, nbytes: int) -> float:
 
 
 def timed(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """The median of several calls in seconds, the device's work included, after two that warm up."""
+    """The median of several calls in seconds, the device's work included, after those before which nothing is recorded."""
     seconds = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + AFTER + 2):
         started = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[2:])
+    return statistics.median(seconds[AFTER + 2 :])
 
 
 if __name__ == "__main__":

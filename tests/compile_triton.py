@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from server.adapters.kernels import LowRankRows, triton_lowrank, triton_math
-from server.adapters.kernels.triton_vectors import scale_rows, shift_rows
-from server.adapters.rows import VectorRows
+from server.adapters.kernels import slots, triton_math, triton_slots
 from server.engine.kernels import triton_attention
 from server.engine.kernels.paged import PagedRows, Rules
 
@@ -49,28 +46,25 @@ def main() -> None:
     """In bf16, with shapes of Llama 3 8B."""
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only(JITFunction.run)
-    for module in (triton_lowrank, triton_attention):
+    for module in (triton_slots, triton_attention):
         # On a GPU products take values as they are; here all tensors are on the CPU.
         module.operand = lambda x: triton_math._OPERANDS[x.dtype]
     dtype = torch.bfloat16
 
-    def indices(*values: int) -> torch.Tensor:
-        return torch.tensor(values)
-
-    arena, x, y = torch.zeros(64, 4096, dtype=dtype), torch.zeros(8, 4096, dtype=dtype), torch.zeros(8, 4096, dtype=dtype)
-    none = torch.zeros(16, dtype=torch.int64)
-    index = LowRankRows(
-        None, none, none, none, indices(0, 8), indices(0, 8), indices(0, 8), indices(8, 8), none, none, none, 8
-    )  # fmt: skip
-    triton_lowrank.lowrank_triton(y, x, arena, arena, index)
-    triton_lowrank.lowrank_triton(
-        y, x, arena, arena, replace(index, rows=indices(1, 3), bias=torch.zeros(16, dtype=dtype), activation="gelu_new")
-    )
-    vectors = torch.zeros(8192)
-    for rows in (None, indices(1, 3)):
-        work = VectorRows(rows, indices(0, 4096))
-        scale_rows(x, vectors, work)
-        shift_rows(y, vectors, work)
+    arena, x, y = torch.zeros(1 << 20, dtype=dtype), torch.zeros(8, 4096, dtype=dtype), torch.zeros(8, 4096, dtype=dtype)
+    vectors, rows = torch.zeros(1 << 14), torch.ones(8, dtype=torch.int32)
+    places = torch.zeros(2, 9, slots.FIELDS, dtype=torch.int64)[:, 4]
+    for terms in (
+        slots.SlotTerms(16, False),
+        slots.SlotTerms(16, True),
+        slots.SlotTerms(0, True),
+        slots.SlotTerms(64, True, 1, "gelu_new"),
+    ):
+        triton_slots.add_triton(y, x, arena, vectors, rows, places, terms)
+    triton_slots.scale_triton(x, vectors, rows, places)
+    triton_slots.pairs_triton(y, x, vectors, rows, places)
+    triton_slots.norm_triton(y, x, rows, places, x[0], None, is_centered=False, offset=0.0, eps=1e-5)
+    triton_slots.norm_triton(y, x, rows, places, x[0], x[0], is_centered=True, offset=0.0, eps=1e-5)
     query, cache = torch.zeros(8, 32, 128, dtype=dtype), torch.zeros(8, 64, 16, 128, dtype=dtype)
     numbers = torch.ones(8, dtype=torch.int32)
     for sequences, rules in ((8, Rules(0.1)), (2, Rules(0.1)), (2, Rules(0.1, window=64, softcap=30.0))):

@@ -18,7 +18,7 @@ def run(*arguments: str, cache: Path) -> str:
 
 def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     names = [line.split()[0] for line in run("-m", "tests.compile_triton", cache=tmp_path).splitlines()]
-    assert set(names) == {"_shrink", "_expand", "_scale", "_shift", "_attend", "_join"}
+    assert set(names) == {"_shrink", "_expand", "_scale", "_pairs", "_norm", "_attend", "_join"}
 
 
 def test_the_choice_of_kernels_needs_no_triton(tmp_path: Path) -> None:

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from server.adapters.bank import Bank, Resident
-from server.adapters.kernels import Kernel, LowRankRows, NativeEdits, lowrank_concat, lowrank_gather
-from server.adapters.linear import LinearWork, LongRun, LowRankWork, PairRows, SiteWork
+from server.adapters.kernels import Kernel, LowRankRows, NativeEdits, SlotKernels, lowrank_concat, lowrank_gather
+from server.adapters.linear import LinearWork, LongRun, LooseWork, LowRankWork, PairRows, SiteWork
 from server.adapters.native_linear import native_linear_work
 from server.adapters.native_records import NativeRecords
 from server.adapters.packed import SiteLayout
 from server.adapters.rows import VectorRows, row_index, vector_rows
+from server.adapters.slot_step import SlotStep
+from server.adapters.slot_table import SlotTable
 
 T = TypeVar("T")
+Places = NativeRecords | SlotTable
+"""Where the programs of a bank lie, as a kernel reads it."""
 Run = tuple[int, int, int]
 """Rows ``[start, end)`` belong to ``slot``: (slot, start, end)."""
 
@@ -58,16 +62,26 @@ class StepEdits:
     """The edits of the programs that own the rows of one ragged batch."""
 
     def __init__(
-        self, bank: Bank, runs: Sequence[Run], kernel: Kernel | None = None, records: NativeRecords | None = None
+        self,
+        bank: Bank,
+        runs: Sequence[Run],
+        kernel: Kernel | None = None,
+        places: Places | None = None,
+        slots: Tensor | None = None,
     ) -> None:
-        """``kernel``: the native one, which all edits run on that it knows, or a low-rank one that is to be used always."""
+        """``kernel``: the native one or those by slot, which all edits run on that they know, or a low-rank one that is to be used always.
+        ``places`` are kept for it between steps. ``slots (T,)`` int32 take the place of those that the runs say, for kernels by slot: such
+        edits are lasting ones, of which nothing may go by runs."""
         self.bank = bank
         self.runs = [(bank.resident(slot), start, end) for slot, start, end in runs if slot]
         self.num_rows = max((end for _, _, end in runs), default=0)
         self.kinds = frozenset[str]().union(*(resident.kinds for resident, _, _ in self.runs))
-        self._kernel = None if isinstance(kernel, NativeEdits) else kernel
+        places = places or make_places(bank, kernel)
+        self.records = places if isinstance(places, NativeRecords) else None
+        self.slots = SlotStep(places, self.runs, self.num_rows, slots) if isinstance(places, SlotTable) else None
+        self.is_lasting = slots is not None
+        self._kernel = None if isinstance(kernel, NativeEdits | SlotKernels) else kernel
         self._long_run = LONG_RUN if self._kernel is None else LONG_RUN_KERNEL
-        self.records = NativeRecords(bank, kernel) if records is None and isinstance(kernel, NativeEdits) else records
         self._made: dict[str, Any] = {}
 
     def once(self, key: str, make: Callable[[], T]) -> T:
@@ -98,6 +112,8 @@ class StepEdits:
             here = self.at(site)
             if self.records is not None:
                 return native_linear_work(self.records, here, site, in_features, out_features)
+            if self.slots is not None:
+                return self.slots.linear(site, self._loose_work(here, ()))
             return self._site_work(here, in_features, out_features) if here else None
 
         return self.once(site, make)
@@ -144,24 +160,31 @@ class StepEdits:
         return self.bank.vectors[start : start + item.matrices.rank].to(self.bank.rows.dtype)
 
     def _site_work(self, here: list[tuple[Resident, int, int, SiteLayout]], in_features: int, out_features: int) -> SiteWork:
-        def vectors(name: str, group: int | None = None) -> VectorRows | None:
-            chosen = [item for item in here if group is None or item[3].pair_group == group]
-            return self.vectors_of([(r, start, end, getattr(layout, name)) for r, start, end, layout in chosen])
+        def vectors(name: str) -> VectorRows | None:
+            return self.vectors_of([(resident, start, end, getattr(layout, name)) for resident, start, end, layout in here])
 
-        groups = sorted({layout.pair_group for *_, layout in here if layout.pair_scale is not None})
         return SiteWork(
             vectors=self.bank.vectors,
             low_rank=self.low_rank([Placed(*item) for item in here], in_features, out_features),
             in_scale=vectors("in_scale"),
             out_scale=vectors("out_scale"),
             shift=vectors("shift"),
-            pairs=tuple(PairRows(scale, group) for group in groups if (scale := vectors("pair_scale", group))),
-            loose=tuple(
-                (start, end, {name: resident.extras[layout.extras[name]] for name in _LOOSE if name in layout.extras})
-                for resident, start, end, layout in here
-                if any(name in layout.extras for name in _LOOSE)
-            ),
+            loose=self._loose_work(here, self._pairs(here)),
         )
+
+    def _pairs(self, here: list[tuple[Resident, int, int, SiteLayout]]) -> tuple[PairRows, ...]:
+        groups = sorted({layout.pair_group for *_, layout in here if layout.pair_scale is not None})
+        chosen = [[item for item in here if item[3].pair_group == group] for group in groups]
+        scales = [self.vectors_of([(*item[:3], item[3].pair_scale) for item in members]) for members in chosen]
+        return tuple(PairRows(scale, group) for scale, group in zip(scales, groups, strict=True) if scale is not None)
+
+    def _loose_work(self, here: list[tuple[Resident, int, int, SiteLayout]], pairs: tuple[PairRows, ...]) -> LooseWork | None:
+        runs = tuple(
+            (start, end, {name: resident.extras[layout.extras[name]] for name in _LOOSE if name in layout.extras})
+            for resident, start, end, layout in here
+            if any(name in layout.extras for name in _LOOSE)
+        )
+        return LooseWork(self.bank.vectors, pairs, runs) if pairs or runs else None
 
     def _low_rank_rows(self, short: list[Placed], in_features: int, out_features: int, activation: str) -> LowRankRows:
         rows: list[int] = []
@@ -196,9 +219,6 @@ class StepEdits:
             up=up.to(device),
             owner=torch.repeat_interleave(torch.arange(len(rows)), rank_tensor).to(device),
             offsets=offsets.to(device),
-            first_down=down[offsets].to(device),
-            first_up=up[offsets].to(device),
-            ranks=rank_tensor.to(device),
             distinct_down=torch.cat(downs).to(device),
             distinct_up=torch.cat(ups).to(device),
             member=(torch.tensor(member_of)[:, None] == part_program).to(device),
@@ -212,11 +232,11 @@ class StepEdits:
 class EditCache:
     """The last few StepEdits, by the programs and rows that they were built for."""
 
-    def __init__(self, bank: Bank, *, capacity: int = 8, kernel: Kernel | None = None) -> None:
+    def __init__(self, bank: Bank, *, capacity: int = 16, kernel: Kernel | None = None) -> None:
         self._bank = bank
         self._capacity = capacity
         self._kernel = kernel
-        self._records = NativeRecords(bank, kernel) if isinstance(kernel, NativeEdits) else None
+        self._places = make_places(bank, kernel)
         self._entries: OrderedDict[tuple[tuple[int, int, int], ...], StepEdits] = OrderedDict()
         bank.watch(self._forget)
 
@@ -226,15 +246,26 @@ class EditCache:
             return None
         # Slots are reused and serials are not: a key never outlives the program that it was made for.
         key = tuple((self._bank.resident(slot).serial if slot else 0, start, end) for slot, start, end in runs)
-        edits = self._entries.pop(key, None) or StepEdits(self._bank, runs, self._kernel, self._records)
+        edits = self._entries.pop(key, None) or StepEdits(self._bank, runs, self._kernel, self._places)
         self._entries[key] = edits
         if len(self._entries) > self._capacity:
             self._entries.popitem(last=False)
         return edits
 
+    def lasting(self, runs: Sequence[Run], slots: Tensor) -> StepEdits:
+        """Edits for any rows whose programs have the same terms as these, by what is in ``slots (T,)`` when they are run; kept by the caller."""
+        return StepEdits(self._bank, runs, self._kernel, self._places, slots)
+
     def _forget(self, serial: int) -> None:
         """A program went: what was built for it would keep its tensors."""
-        if self._records is not None:
-            self._records.forget(serial)
+        if self._places is not None:
+            self._places.forget(serial)
         for key in [key for key in self._entries if any(held == serial for held, _, _ in key)]:
             del self._entries[key]
+
+
+def make_places(bank: Bank, kernel: Kernel | None) -> Places | None:
+    """What a kernel keeps of where programs lie; None for those in PyTorch, which keep nothing."""
+    if isinstance(kernel, NativeEdits):
+        return NativeRecords(bank, kernel)
+    return SlotTable(bank, kernel) if isinstance(kernel, SlotKernels) else None

@@ -31,6 +31,7 @@ class Arena:
     def __init__(
         self, capacity_bytes: int, unit: int, *, dtype: torch.dtype, device: torch.device, keeps_bf16: bool = False
     ) -> None:
+        self.unit = unit
         self._keeps_bf16 = keeps_bf16
         self._extents = Extents(capacity_bytes, math.lcm(unit * dtype.itemsize, _VECTOR_BYTES))
         self._data = torch.empty(self._extents.capacity, dtype=torch.uint8, device=device)

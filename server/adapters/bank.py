@@ -89,10 +89,10 @@ class Bank:
         copy_stream: CopyStream | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.spec = spec
         self.capacity_bytes = capacity_bytes
         self.max_slots = max_slots
-        self._unit = alignment(spec)
-        self._arena = Arena(capacity_bytes, self._unit, dtype=dtype, device=device, keeps_bf16=keeps_bf16)
+        self._arena = Arena(capacity_bytes, alignment(spec), dtype=dtype, device=device, keeps_bf16=keeps_bf16)
         self.rows, self.vectors = self._arena.rows, self._arena.vectors
         self._free_slots = list(range(max_slots, 0, -1))
         self._by_id: dict[str, Resident] = {}
@@ -227,7 +227,7 @@ class Bank:
 
     def row_view(self, width: int) -> Tensor | None:
         """``rows`` as ``(n, width)``, or None when programs are not aligned to this width."""
-        return self.rows.view(-1, width) if self._unit % width == 0 else None
+        return self.rows.view(-1, width) if self._arena.unit % width == 0 else None
 
     def matrix(self, resident: Resident, offset: int, rank: int, width: int) -> Tensor:
         """A program's matrix ``(rank, width)`` in the base's dtype: a view of the arena or, where held in another, a copy in no budget."""

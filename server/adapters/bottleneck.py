@@ -1,7 +1,7 @@
 """Executing bottlenecks at a sub-layer's output, and attention over several of them. The meaning is ``ir.BottleneckEdit``'s.
 
-On the native kernel one call serves all bottlenecks of a step that it knows. In PyTorch those with one placement form a group that one
-kernel call serves, whoever owns the rows; rows with a fusion go run by run.
+On the native kernel one call serves all bottlenecks of a step that it knows; by slot one call serves those of a kind. In PyTorch those with
+one placement form a group that one kernel call serves, whoever owns the rows; rows with a fusion go run by run.
 ``bottleneck_reference`` and ``fusion_reference`` state the maths for one program.
 """
 
@@ -23,6 +23,9 @@ from server.adapters.linear import LowRankWork
 from server.adapters.native_bottleneck import Member, NativeGroup, is_native, native_group
 from server.adapters.packed import SiteLayout
 from server.adapters.rows import NORM_EPS, VectorRows, add_rows, norm_rows, pick, row_index, shift_rows
+from server.adapters.slot_bottleneck import SlotGroup
+from server.adapters.slot_rows import SlotRows
+from server.adapters.slot_table import has_place
 from server.adapters.streams import Streams
 
 
@@ -32,7 +35,7 @@ class Group:
 
     placement: Placement
     rows: Tensor | None
-    work: LowRankWork
+    work: LowRankWork | SlotRows
     up_bias: VectorRows | None
     before_weight: VectorRows | None
     before_bias: VectorRows | None
@@ -72,7 +75,7 @@ class Group:
 class SublayerWork:
     """What a step's programs do at one sub-layer's output."""
 
-    groups: tuple[Group | NativeGroup, ...]
+    groups: tuple[Group | NativeGroup | SlotGroup, ...]
     fusions: tuple[tuple[int, int, tuple[BottleneckEdit, ...], FusionEdit], ...]
 
 
@@ -90,7 +93,7 @@ def sublayer_work(edits: StepEdits, site: str, hidden: int) -> SublayerWork | No
 
     def make() -> SublayerWork | None:
         here = [item for item in edits.at(site) if item[3].bottlenecks]
-        return _make_work(edits, here, hidden) if here else None
+        return _make_work(edits, site, here, hidden) if here else None
 
     return edits.once(f"{site} output", make)
 
@@ -108,13 +111,15 @@ def run_sublayer(work: SublayerWork, streams: Streams, vectors: Tensor) -> Subla
     return SublayerResult(t, tuple(whole))
 
 
-def _make_work(edits: StepEdits, here: list[tuple[Resident, int, int, SiteLayout]], hidden: int) -> SublayerWork:
+def _make_work(edits: StepEdits, site: str, here: list[tuple[Resident, int, int, SiteLayout]], hidden: int) -> SublayerWork:
     members: dict[tuple[Any, ...], list[Member]] = {}
     native: dict[int, list[Member]] = {}
     fusions = []
     for resident, start, end, layout in here:
         if "fusion.placement" in layout.flags:
             fusions.append((start, end, *_fusion(edits.bank, resident, layout, hidden)))
+            continue
+        if edits.slots is not None and has_place(layout):
             continue
         # A row's second bottleneck goes into a group of its own: within a kernel call every row is written once.
         for ordinal, item in enumerate(layout.bottlenecks):
@@ -125,7 +130,8 @@ def _make_work(edits: StepEdits, here: list[tuple[Resident, int, int, SiteLayout
                 members.setdefault(key, []).append(Member(resident, start, end, item))
     groups = [_group(edits, key[0], found, hidden) for key, found in members.items()]
     natives = [native_group(edits.records, found) for found in native.values()] if edits.records is not None else []
-    return SublayerWork((*groups, *natives), tuple(fusions))
+    by_slot = edits.slots.bottlenecks(site) if edits.slots is not None else []
+    return SublayerWork((*groups, *natives, *by_slot), tuple(fusions))
 
 
 def _group(edits: StepEdits, placement: Placement, members: list[Member], hidden: int) -> Group:
@@ -133,12 +139,8 @@ def _group(edits: StepEdits, placement: Placement, members: list[Member], hidden
         return edits.vectors_of([(resident, start, end, getattr(item, name)) for resident, start, end, item in members])
 
     device = edits.bank.rows.device
-    work = edits.low_rank(
-        [Placed(resident, start, end, item, item.down_bias) for resident, start, end, item in members],
-        hidden,
-        hidden,
-        placement.activation,
-    )
+    placed = [Placed(resident, start, end, item, item.down_bias) for resident, start, end, item in members]
+    work = edits.slots.aside(members) if edits.slots is not None else edits.low_rank(placed, hidden, hidden, placement.activation)
     assert work is not None, "a bottleneck has at least one inner unit"
     weights = [item.weight for _, start, end, item in members for _ in range(start, end)]
     return Group(

@@ -55,12 +55,51 @@ class LowRankWork:
             self.kernel(y, x, self.down, self.up, self.short_rows)
 
 
-@dataclass(frozen=True, slots=True)
-class PairRows:
+class PairRows(NamedTuple):
     """Rows whose outputs are paired in groups of one size, with their ``pair_scale``."""
 
     scale: VectorRows
     group: int
+
+
+@dataclass(frozen=True, slots=True)
+class LooseWork:
+    """Terms at one linear site that go run by run, or need the base's output as it was.
+
+    ``runs`` have tensors of their own, by field: ``dense``, ``rotation``, ``left`` and ``right``.
+    """
+
+    vectors: Tensor
+    pairs: tuple[PairRows, ...]
+    runs: tuple[tuple[int, int, dict[str, Tensor]], ...]
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """``x`` with the rotated rows replaced: every block of ``b`` inputs times its ``(b, b)`` matrix."""
+        if not any("rotation" in found for _, _, found in self.runs):
+            return x
+        rotated = x.clone()
+        for start, end, found in self.runs:
+            if (rotation := found.get("rotation")) is not None:
+                size = rotation.shape[-1]
+                blocks = x[start:end].view(end - start, -1, size).transpose(0, 1)
+                rotated[start:end] = torch.matmul(blocks, rotation).transpose(0, 1).reshape(end - start, -1)
+        return rotated
+
+    def add_pairs(self, y: Tensor, z: Tensor) -> None:
+        """``y += pair_scale * swap(z)`` in place, for the rows that have one; ``z`` is another tensor."""
+        for scale, group in self.pairs:
+            swapped = swap_pairs(pick(z, scale.rows), group)
+            add_rows(y, (swapped * take(self.vectors, scale, z.shape[-1])).to(y.dtype), scale.rows)
+
+    def add_products(self, y: Tensor, x: Tensor) -> None:
+        """``y += x @ dense.T + kron(left, right) x`` in place."""
+        for start, end, found in self.runs:
+            if "dense" in found:
+                y[start:end].addmm_(x[start:end], found["dense"].T)
+            if "left" in found:
+                left, right = found["left"], found["right"]
+                blocks = x[start:end].view(end - start, left.shape[1], right.shape[1])
+                y[start:end] += torch.matmul(left, blocks @ right.T).reshape(end - start, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,53 +111,26 @@ class SiteWork:
     in_scale: VectorRows | None
     out_scale: VectorRows | None
     shift: VectorRows | None
-    pairs: tuple[PairRows, ...]
-    loose: tuple[tuple[int, int, dict[str, Tensor]], ...]
-    """Runs with tensors of their own, by field: ``dense``, ``rotation``, ``left`` and ``right``."""
+    loose: LooseWork | None
 
     def before(self, x: Tensor) -> Tensor:
         """``rotate(in_scale * x)`` for the rows that have one."""
         scaled = x if self.in_scale is None else scale_rows(x, self.vectors, self.in_scale)
-        return self._rotated(scaled) if any("rotation" in found for _, _, found in self.loose) else scaled
+        return scaled if self.loose is None else self.loose.rotated(scaled)
 
     def after(self, z: Tensor, x: Tensor) -> Tensor:
         """All other terms."""
         y = z if self.out_scale is None else scale_rows(z, self.vectors, self.out_scale)
-        if self.pairs:
+        if self.loose is not None and self.loose.pairs:
             y = y.clone() if y is z else y
-            for pairs in self.pairs:
-                self._add_pairs(y, z, pairs)
-        self._add_products(y, x)
+            self.loose.add_pairs(y, z)
+        if self.low_rank is not None:
+            self.low_rank.add(y, x)
+        if self.loose is not None:
+            self.loose.add_products(y, x)
         if self.shift is not None:
             shift_rows(y, self.vectors, self.shift)
         return y
-
-    def _rotated(self, x: Tensor) -> Tensor:
-        """``x`` with the rotated rows replaced: every block of ``b`` inputs times its ``(b, b)`` matrix."""
-        rotated = x.clone()
-        for start, end, found in self.loose:
-            if (rotation := found.get("rotation")) is not None:
-                size = rotation.shape[-1]
-                blocks = x[start:end].view(end - start, -1, size).transpose(0, 1)
-                rotated[start:end] = torch.matmul(blocks, rotation).transpose(0, 1).reshape(end - start, -1)
-        return rotated
-
-    def _add_pairs(self, y: Tensor, z: Tensor, pairs: PairRows) -> None:
-        """``y[row] += pair_scale * swap(z[row])`` in place."""
-        swapped = swap_pairs(pick(z, pairs.scale.rows), pairs.group)
-        add_rows(y, (swapped * take(self.vectors, pairs.scale, z.shape[-1])).to(y.dtype), pairs.scale.rows)
-
-    def _add_products(self, y: Tensor, x: Tensor) -> None:
-        """``y += (x @ down.T) @ up + x @ dense.T + kron(left, right) x`` in place."""
-        if self.low_rank is not None:
-            self.low_rank.add(y, x)
-        for start, end, found in self.loose:
-            if "dense" in found:
-                y[start:end].addmm_(x[start:end], found["dense"].T)
-            if "left" in found:
-                left, right = found["left"], found["right"]
-                blocks = x[start:end].view(end - start, left.shape[1], right.shape[1])
-                y[start:end] += torch.matmul(left, blocks @ right.T).reshape(end - start, -1)
 
 
 def swap_pairs(z: Tensor, group: int) -> Tensor:

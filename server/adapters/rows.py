@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.adapters.bank import Resident
-from server.adapters.kernels.gpu import load_vectors, runs_triton
 
 NORM_EPS = 1e-5
 """Of the layer norms that adapters bring along."""
@@ -72,8 +71,6 @@ def take(vectors: Tensor, work: VectorRows, width: int) -> Tensor:
 
 def scale_rows(x: Tensor, vectors: Tensor, work: VectorRows) -> Tensor:
     """``x[row] * vector`` for the rows that have one, computed in the vectors' precision; other rows are passed through."""
-    if runs_triton(x.dtype, x.device):
-        return load_vectors().scale_rows(x, vectors, work)  # type: ignore[no-any-return]
     scales = take(vectors, work, x.shape[-1])
     if work.rows is None:
         return (x * scales).to(x.dtype)
@@ -82,9 +79,6 @@ def scale_rows(x: Tensor, vectors: Tensor, work: VectorRows) -> Tensor:
 
 def shift_rows(y: Tensor, vectors: Tensor, work: VectorRows) -> None:
     """``y[row] += vector`` in place."""
-    if runs_triton(y.dtype, y.device):
-        load_vectors().shift_rows(y, vectors, work)
-        return
     add_rows(y, take(vectors, work, y.shape[-1]).to(y.dtype), work.rows)
 
 

@@ -19,8 +19,9 @@ from server.adapters.apply import StepEdits
 from server.adapters.bank import Bank
 from server.adapters.base_spec import BaseSpec, SiteSpec, Sublayer
 from server.adapters.bottleneck import SublayerResult, SublayerWork, run_sublayer, sublayer_work
-from server.adapters.native_norm import NormForm, native_norm_work, norm_form
+from server.adapters.native_norm import native_norm_work
 from server.adapters.norm import NormRun, NormWork, norm_work
+from server.adapters.norm_form import NormForm, norm_form
 from server.adapters.rows import VirtualRows
 from server.adapters.streams import Streams
 
@@ -206,13 +207,16 @@ class NormSite(Site):
         return y
 
     def _work(self, edits: StepEdits, runs: list[NormRun]) -> NormWork:
-        if edits.records is None or self.form is None:
-            return norm_work(self.inner, runs)
-        return native_norm_work(edits.records.kernel, self.form, self.inner, runs)
+        if self.form is not None and edits.records is not None:
+            return native_norm_work(edits.records.kernel, self.form, self.inner, runs)
+        by_slot = None if self.form is None or edits.slots is None else edits.slots.norm(self.spec.name, self.inner, self.form)
+        if by_slot is None and edits.is_lasting:
+            raise RuntimeError(f"no kernel knows the norm {self.spec.name}: its rows are found by runs, which do not last")
+        return by_slot or norm_work(self.inner, runs)
 
     @cached_property
     def form(self) -> NormForm | None:
-        """What the native kernel knows the norm as; None: as nothing."""
+        """What kernels know the norm as; None: as nothing."""
         return norm_form(self.inner)
 
     def _joined(self, x: Tensor, edits: StepEdits, work: SublayerWork) -> Tensor:

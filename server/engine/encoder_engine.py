@@ -35,7 +35,7 @@ class EncoderEngine(Lifecycle[Whole, tuple[EncoderBatch, list[Pooled | None]]]):
         self._max_batch_tokens = settings.max_batch_tokens
         self._max_running = settings.max_running
         self._queue = FairQueue()
-        self._runner = EncoderRunner(self._base, self.bank, kernel=self._kernels.low_rank)
+        self._runner = EncoderRunner(self._base, self.bank, kernel=self._kernels.edits)
 
     @property
     def has_runnable(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from server.adapters.kernels import Kernel
 from server.engine.batch import Batch, pack
 from server.engine.block_manager import BlockManager
+from server.engine.graphs import GraphLimits
 from server.engine.kv_cache import KVCache
 from server.engine.lifecycle import NON_FINITE, Lifecycle
 from server.engine.model import DTYPES, BaseModel
@@ -45,10 +46,14 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
             block_size=settings.block_size,
             num_blocks=num_blocks,
         )
+        kernels = self._kernels
+        longest = -(-self.info.max_model_len // settings.block_size)
+        limits = GraphLimits(settings.max_running, longest, settings.block_size, spare_block=num_blocks)
+        graphs = None if kernels.make_graph is None else (kernels.make_graph, limits)
         self.blocks = BlockManager(num_blocks, settings.block_size, prefix_caching=settings.prefix_caching)
         self._cache = KVCache(
             num_layers=base.num_layers,
-            num_blocks=num_blocks,
+            num_blocks=num_blocks + (graphs is not None),
             block_size=settings.block_size,
             kv_heads=base.kv_heads,
             head_dim=base.head_dim,
@@ -65,8 +70,7 @@ class Engine(Lifecycle[Scheduled, tuple[Batch, StepResult]]):
             unpin=self._programs.unpin,
             pacing=self._pacing,
         )
-        kernels = self._kernels
-        self._runner = Runner(base, self._cache, self.bank, kernel=kernels.low_rank, attention=kernels.attention)
+        self._runner = Runner(base, self._cache, self.bank, kernel=kernels.edits, attention=kernels.attention, graphs=graphs)
 
     @property
     def has_runnable(self) -> bool:

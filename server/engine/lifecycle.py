@@ -76,14 +76,14 @@ class Lifecycle(ABC, Generic[W, R]):
         dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
         base = load_base(Path(settings.model_dir), settings.base_digest, settings.dtype, settings.device)
         self.info = _describe(settings, base)
-        self._kernels = choose_kernels(settings.kernel_dir, dtype, device, low_rank=kernel)
+        self._kernels = choose_kernels(settings.kernel_dir, dtype, device, edits=kernel)
         self.bank = Bank(
             base.spec,
             capacity_bytes=settings.bank_bytes,
             max_slots=settings.max_slots,
             dtype=dtype,
             device=device,
-            keeps_bf16=isinstance(self._kernels.low_rank, NativeEdits),
+            keeps_bf16=isinstance(self._kernels.edits, NativeEdits),
             copy_stream=CudaCopyStream(device) if device.type == "cuda" else None,
             clock=clock,
         )

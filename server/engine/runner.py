@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from server.adapters.apply import EditCache
+from server.adapters.apply import EditCache, StepEdits
 from server.adapters.bank import Bank
 from server.adapters.kernels import Kernel
 from server.adapters.sites import SiteState, attach
 from server.engine.attention import AttentionState
 from server.engine.batch import Batch
+from server.engine.graphs import DecodeGraphs, GraphLimits
 from server.engine.kernels import AttentionKernel, GatheredAttention
+from server.engine.kernels.graph import Graph
 from server.engine.kv_cache import KVCache
 from server.engine.model import BaseModel
 from server.engine.pooling import Pooled, pool
@@ -42,14 +44,16 @@ class Runner:
         *,
         kernel: Kernel | None = None,
         attention: AttentionKernel | None = None,
+        graphs: tuple[Callable[[], Graph], GraphLimits] | None = None,
     ) -> None:
+        """``graphs``: what records decode steps, and which; its kernels must be such as can be recorded."""
         self._base = base
         self._cache = cache
         self._bank = bank
         self._sites = SiteState(bank)
         self._attention = AttentionState(cache, self._sites, attention or GatheredAttention())
         self._edits = EditCache(bank, kernel=kernel)
-        self._head_edits = EditCache(bank, kernel=kernel)
+        self._graphs = DecodeGraphs(self._forward, self._edits, graphs[1], graphs[0], bank.rows.device) if graphs else None
         attach(base.model, base.spec, self._sites)
         for layer in range(base.spec.num_layers):
             name = base.spec.layer_site(layer, base.spec.names.attention)
@@ -62,20 +66,26 @@ class Runner:
         for copy in batch.copies:
             prefix = self._bank.resident(copy.slot).extras["prologue.kv"]
             self._cache.copy(copy.kv_slots, prefix[:, :, :, copy.first : copy.end])
-        with self._bound(batch):
-            hidden = self._base.backbone(
-                input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False
-            ).last_hidden_state[0]
-            logits = self._base.finish_logits(self._base.head(hidden.index_select(0, batch.sample_rows)))
+        edits = self._edits.get(batch.token_slots)
+        replayed = None if self._graphs is None else self._graphs.run(batch, edits)
+        hidden, logits = replayed or self._forward(batch, edits, self._edits.get(batch.sample_slots))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return StepResult(logits, _finite_items(batch, hidden, logits), tuple(_pool_items(batch, hidden)))
 
+    def _forward(self, batch: Batch, edits: StepEdits | None, head_edits: StepEdits | None) -> tuple[Tensor, Tensor]:
+        """Hidden states ``(T, hidden)`` and logits ``(S, vocab)`` of a batch: what a graph records, nothing of which waits for the device."""
+        with self._bound(batch, edits, head_edits):
+            hidden = self._base.backbone(
+                input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False
+            ).last_hidden_state[0]
+            return hidden, self._base.finish_logits(self._base.head(hidden.index_select(0, batch.sample_rows)))
+
     @contextmanager
-    def _bound(self, batch: Batch) -> Iterator[None]:
+    def _bound(self, batch: Batch, edits: StepEdits | None, head_edits: StepEdits | None) -> Iterator[None]:
         self._attention.bind(batch)
         self._sites.token_indices = batch.token_indices
-        self._sites.edits = self._edits.get(batch.token_slots)
-        self._sites.head_edits = self._head_edits.get(batch.sample_slots)
+        self._sites.edits = edits
+        self._sites.head_edits = head_edits
         self._sites.place_virtual(batch.virtual_rows)
         try:
             yield

@@ -6,11 +6,10 @@ import importlib
 import importlib.util
 import logging
 from functools import cache
-from types import ModuleType
 
 import torch
 
-from server.adapters.kernels.lowrank import LowRankKernel
+from server.adapters.kernels.slots import SlotKernels
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -22,17 +21,11 @@ def runs_triton(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cuda" and dtype in _DTYPES and _is_installed()
 
 
-def load_triton(dtype: torch.dtype, device: torch.device) -> LowRankKernel | None:
-    """The low-rank kernel for a dtype; None where PyTorch's operations do the work."""
+def load_triton(dtype: torch.dtype, device: torch.device) -> SlotKernels | None:
+    """The kernels of edits for a dtype; None where PyTorch's operations do the work."""
     if not runs_triton(dtype, device):
         return None
-    return importlib.import_module("server.adapters.kernels.triton_lowrank").lowrank_triton  # type: ignore[no-any-return]
-
-
-@cache
-def load_vectors() -> ModuleType:
-    """``scale_rows`` and ``shift_rows`` in Triton, where ``runs_triton``."""
-    return importlib.import_module("server.adapters.kernels.triton_vectors")
+    return importlib.import_module("server.adapters.kernels.triton_slots").TRITON  # type: ignore[no-any-return]
 
 
 @cache

@@ -21,10 +21,9 @@ from server.adapters.activations import ACTIVATIONS
 class LowRankRows:
     """Which arena rows act on which input rows, at one site.
 
-    ``rows (B,)`` are the input rows with a program here, None when they are all of ``x`` in order. Input row ``b`` uses the
-    ``ranks[b]`` arena rows from ``first_down[b]`` and ``first_up[b]`` on. The same spelt out, for kernels that gather: arena rows
-    ``down[offsets[b]:offsets[b + 1]]``, and ``owner`` repeats ``b`` for each. ``distinct_down``/``distinct_up (R,)`` list every
-    program's arena rows once, and ``member (B, R)`` says which of them belong to row ``b``. ``rank`` is the rank that all rows
+    ``rows (B,)`` are the input rows with a program here, None when they are all of ``x`` in order. Input row ``b`` uses the arena rows
+    ``down[offsets[b]:offsets[b + 1]]`` and ``up[…]``, and ``owner`` repeats ``b`` for each. ``distinct_down``/``distinct_up (R,)`` list
+    every program's arena rows once, and ``member (B, R)`` says which of them belong to row ``b``. ``rank`` is the rank that all rows
     share, 0 when they differ. ``bias`` (parallel to ``down``) and ``distinct_bias`` (parallel to ``distinct_down``), in the arena's
     dtype, are added before ``activation``, a name of ACTIVATIONS that all rows share.
     """
@@ -34,9 +33,6 @@ class LowRankRows:
     up: Tensor
     owner: Tensor
     offsets: Tensor
-    first_down: Tensor
-    first_up: Tensor
-    ranks: Tensor
     distinct_down: Tensor
     distinct_up: Tensor
     member: Tensor

@@ -26,8 +26,14 @@ ACTIVATION_CODES = {
     "swish": 5,
     "tanh": 6,
     "sigmoid": 7,
+    "leakyrelu": 8,
+    "leaky_relu": 8,
+    "relu6": 9,
+    "mish": 10,
+    "elu": 11,
+    "selu": 12,
 }
-"""Of ``activate``, by the names of ACTIVATIONS. What is missing is too rare for code of its own."""
+"""Of ``activate``, by the names of ACTIVATIONS."""
 
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -60,4 +66,17 @@ def activate(x, CODE: tl.constexpr):
         x = tanh(x)
     elif CODE == 7:
         x = tl.sigmoid(x)
+    elif CODE == 8:
+        x = tl.where(x < 0, 0.01 * x, x)
+    elif CODE == 9:
+        x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
+    elif CODE == 10:
+        # tanh(log(1 + e)) is n / (n + 2); above 20 it is 1 in fp32.
+        e = tl.exp(tl.where(x > 20, 20.0, x))
+        n = e * (e + 2)
+        x = x * (n / (n + 2))
+    elif CODE == 11:
+        x = tl.where(x < 0, tl.exp(x) - 1, x)
+    elif CODE == 12:
+        x = 1.0507009873554805 * tl.where(x < 0, 1.6732632423543772 * (tl.exp(x) - 1), x)
     return x

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from server.adapters.kernels import Kernel, load_triton
-from server.adapters.kernels import load_native as load_low_rank
+from server.adapters.kernels import Kernel, SlotKernels, load_triton
+from server.adapters.kernels import load_native as load_native_edits
 from server.adapters.kernels.gpu import runs_triton
 from server.engine.kernels.gathered import GatheredAttention
+from server.engine.kernels.graph import CudaGraphs, Graph
 from server.engine.kernels.native import Native, load_native
 from server.engine.kernels.paged import AttentionKernel
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """``low_rank`` None: PyTorch's operations, whichever suit the step. ``native`` None: the base's modules stay as they are."""
+    """``edits`` None: PyTorch's operations, whichever suit the step. ``native`` None: the base's modules stay as they are. ``make_graph``:
+    what records decode steps; None where nothing does, or some kernel of a step cannot be recorded."""
 
-    low_rank: Kernel | None
+    edits: Kernel | None
     native: Native | None
     attention: AttentionKernel
+    make_graph: Callable[[], Graph] | None
 
 
-def choose_kernels(directory: str, dtype: torch.dtype, device: torch.device, *, low_rank: Kernel | None = None) -> Kernels:
-    """Kernels for a CPU are compiled into ``directory`` on first use; empty: none are. A given ``low_rank`` is taken, for tests that compare."""
+def choose_kernels(directory: str, dtype: torch.dtype, device: torch.device, *, edits: Kernel | None = None) -> Kernels:
+    """Kernels for a CPU are compiled into ``directory`` on first use; empty: none are. Given ``edits`` are taken, for tests that compare."""
     native = load_native(Path(directory), dtype, device) if directory else None
-    if low_rank is None:
-        low_rank = load_low_rank(Path(directory), dtype, device) if directory else None
-    if low_rank is None:
-        low_rank = load_triton(dtype, device)
-    return Kernels(low_rank, native, _attention(native, dtype, device))
+    if edits is None:
+        edits = load_native_edits(Path(directory), dtype, device) if directory else None
+    if edits is None:
+        edits = load_triton(dtype, device)
+    records = isinstance(edits, SlotKernels) and runs_triton(dtype, device)
+    return Kernels(edits, native, _attention(native, dtype, device), CudaGraphs() if records else None)
 
 
 def _attention(native: Native | None, dtype: torch.dtype, device: torch.device) -> AttentionKernel:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.adapters.base_spec import BaseSpec, SiteSpec
+from server.adapters.base_spec import BaseSpec, SiteSpec, Sublayer
 from server.adapters.kernels import NativeEdits, load_native
 from tests.kernels import KERNELS
 
@@ -31,6 +31,7 @@ def small_spec(hidden_size: int, *sites: SiteSpec, dtype: str = "float32") -> Ba
         embedding="e",
         head="h",
         sites=sites,
+        sublayers=tuple(Sublayer(0, "mlp", site.name, "other", post_norm=False) for site in sites if site.kind == "linear"),
     )
 
 

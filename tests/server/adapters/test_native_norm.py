@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from server.adapters.native_norm import native_norm_work, norm_form
+from server.adapters.native_norm import native_norm_work
 from server.adapters.norm import NormRun, norm_work
+from server.adapters.norm_form import norm_form
 from tests.server.adapters.conftest import native
 
 WIDTH = 20

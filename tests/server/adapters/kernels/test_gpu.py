@@ -8,10 +8,8 @@ import logging
 import pytest
 import torch
 
-from server.adapters import rows
-from server.adapters.kernels import gpu, load_triton, triton_vectors
-from server.adapters.kernels.triton_lowrank import lowrank_triton
-from server.adapters.rows import VectorRows
+from server.adapters.kernels import gpu, load_triton
+from server.adapters.kernels.triton_slots import TRITON
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -23,7 +21,7 @@ def _look_again() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpu_runs_triton(dtype: torch.dtype) -> None:
-    assert load_triton(dtype, GPU) is lowrank_triton
+    assert load_triton(dtype, GPU) is TRITON
 
 
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float32, CPU), (torch.float64, GPU)])
@@ -40,17 +38,3 @@ def test_without_triton_the_log_says_so_once(monkeypatch: pytest.MonkeyPatch, ca
         "triton is not installed, so the slower PyTorch kernels run on the GPU"
     ]
     gpu._is_installed.cache_clear()
-
-
-def test_vectors_take_the_fused_kernels_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    for name in ("scale_rows", "shift_rows"):
-        monkeypatch.setattr(triton_vectors, name, lambda *_, name=name: calls.append(name))
-    x, work = torch.ones(2, 4), VectorRows(None, torch.tensor([0, 4]))
-    rows.scale_rows(x, torch.ones(8), work)
-    rows.shift_rows(x, torch.ones(8), work)
-    assert calls == []
-    monkeypatch.setattr(rows, "runs_triton", lambda dtype, device: True)
-    rows.scale_rows(x, torch.ones(8), work)
-    rows.shift_rows(x, torch.ones(8), work)
-    assert calls == ["scale_rows", "shift_rows"]
