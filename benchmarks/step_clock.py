@@ -24,6 +24,7 @@ from server.engine import engine as engine_module
 from server.engine.engine import Engine
 from server.engine.kernels.modules import GatedMLP, RotaryAttention
 from server.engine.kernels.native import BLOCK_PARTS, Native
+from server.engine.kernels.stack import DecoderStack
 
 _BLOCK_PARTS = tuple({"linears": LINEARS, "edits": EDITS, "small": SMALL, "attention": ATTENTION}[part] for part in BLOCK_PARTS)
 _SMALL_CLASSES = ("RotaryEmbedding", "MLP")
@@ -85,6 +86,8 @@ def clocked(engine: Engine) -> Iterator[StepClock]:
         elif isinstance(module, GatedMLP | RotaryAttention):
             _clock(clock, REST, module, "forward")
             _clock(clock, EDITS, module, "together")
+        elif isinstance(module, DecoderStack):
+            _clock(clock, EDITS, module, "together")
         elif type(module).__name__.endswith(_SMALL_CLASSES):
             _clock(clock, SMALL, module, "forward")
     plain = attention.paged_attention
@@ -132,3 +135,4 @@ def _clock_blocks(clock: StepClock, native: Native) -> None:
     native.block_seconds = clock.blocks = torch.zeros(len(_BLOCK_PARTS), dtype=torch.float64)
     _clock(clock, REST, native, "gated_mlp")
     _clock(clock, REST, native, "attention_block")
+    _clock(clock, REST, native, "decoder_layers")

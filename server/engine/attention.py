@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from server.adapters.sites import SiteState
 from server.engine.batch import Batch
 from server.engine.kernels import AttentionKernel, Rules
+from server.engine.kernels.native import StepRows
 from server.engine.kv_cache import KVCache
 
 NAME = "medley_paged"
@@ -25,14 +26,18 @@ _WITHOUT_EFFECT = frozenset({"position_ids", "is_causal", "use_cache", "cache_po
 
 
 class AttentionState:
-    """The step that is being run, the cache it runs on and the kernel that attends; one per model."""
+    """The step that is being run, the cache it runs on and the kernel that attends; one per model.
 
-    __slots__ = ("_batch", "cache", "kernel", "sites")
+    ``rows`` is what native blocks made of the step, for the layers that come after the first.
+    """
+
+    __slots__ = ("_batch", "cache", "kernel", "rows", "sites")
 
     def __init__(self, cache: KVCache, sites: SiteState, kernel: AttentionKernel) -> None:
         self.cache = cache
         self.sites = sites
         self.kernel = kernel
+        self.rows: StepRows | None = None
         self._batch: Batch | None = None
 
     @property
@@ -50,7 +55,7 @@ class AttentionState:
 
     def unbind(self) -> None:
         """End the step."""
-        self._batch = None
+        self._batch = self.rows = None
 
     def at(self, layer: int, site: str, output: str) -> AttentionPlace:
         """The state as one attention module sees it: its layer, and the names of its site and of the linear after it."""

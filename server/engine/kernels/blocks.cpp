@@ -1,5 +1,6 @@
-// A layer's attention and its gated MLP in one call each, out of the kernels beside this file and, for what programs do at their linears, those
-// of the edits. Calling modules one by one gives the same numbers bit for bit; it takes longer, which is all that this is for.
+// A layer's attention, its gated MLP, and decoder layers of the two in one call each, out of the kernels beside this file and, for what programs
+// do at their linears, those of the edits. Calling modules one by one gives the same numbers bit for bit; it takes longer, which is
+// all that this is for.
 #include <chrono>
 #include <new>
 #include <vector>
@@ -31,6 +32,13 @@ struct EditKernels {
     void (*after)(const T* x, T* y, int64_t num_rows, int64_t in, int64_t out, int64_t count, const int64_t* bounds, const void* records);
 };
 
+// A block's linears in the order in which it runs them, and the edits' kernels for them.
+template <typename T>
+struct Block {
+    const Linear* linears;
+    const EditKernels<T>* edits;
+};
+
 // As BLOCK_PARTS in native.py.
 enum Part { LINEARS, EDITS, SMALL, ATTENTION };
 
@@ -52,7 +60,7 @@ class Clock {
 };
 
 // Room for the rows between two kernels: the calling thread's own, of one use, valid until the next call for the same use.
-enum Use { WIDE, CHANGED, FIRST, SECOND, THIRD, FOURTH, USES };
+enum Use { WIDE, CHANGED, FIRST, SECOND, THIRD, FOURTH, NORMED, ADDED, USES };
 template <typename T>
 T* room(Use use, int64_t size) {
     static thread_local std::vector<T> held[USES];
@@ -101,26 +109,31 @@ void run(const Linear& linear, const EditKernels<T>& edits, const T* x, T* y, in
 
 // gate, up and down: y = down(silu(gate(x)) * up(x))
 template <typename T>
-void gated_mlp(const Linear* linears, const EditKernels<T>& edits, const T* x, T* y, int64_t rows, double* seconds) {
-    Clock clock(seconds);
+void gated_mlp(const Block<T>& block, const T* x, T* y, int64_t rows, Clock& clock) {
+    const Linear* linears = block.linears;
     const int64_t size = rows * linears[0].out;
     T *gate = room<T>(FIRST, size), *up = room<T>(SECOND, size);
-    run(linears[0], edits, x, gate, rows, clock);
-    run(linears[1], edits, x, up, rows, clock);
+    run(linears[0], *block.edits, x, gate, rows, clock);
+    run(linears[1], *block.edits, x, up, rows, clock);
     Kernels<T>::silu_mul(gate, up, gate, size);
     clock.lap(SMALL);
-    run(linears[2], edits, gate, y, rows, clock);
+    run(linears[2], *block.edits, gate, y, rows, clock);
 }
 
-// What an attention is, and the cache and the step that it runs on, as native.py lays them out.
+// What an attention is, and its layer of the cache, as native.py lays them out.
 template <typename T>
 struct Attention {
-    int64_t heads, kv_heads, width, window;
+    int64_t kv_heads, width, window;
     double scaling;
     const float *query_norm, *key_norm;  // of the heads; null: none
     double eps;
     T *keys, *values;
     int64_t num_blocks, block_size;
+};
+
+// The rows of a step, the same for all of its layers: their angles, where their keys go, and the keys that they see.
+template <typename T>
+struct Rows {
     const T *cosines, *sines;
     const int64_t* kv_slots;
     const int32_t *tables, *sequence_of, *lengths;
@@ -129,35 +142,71 @@ struct Attention {
 
 // query, key, value and output
 template <typename T>
-void attention_block(const Linear* linears, const EditKernels<T>& edits, const Attention<T>& of, const T* x, T* y, int64_t rows, double* seconds) {
-    Clock clock(seconds);
+void attention_block(const Block<T>& block, const Attention<T>& of, const Rows<T>& at, const T* x, T* y, int64_t rows, Clock& clock) {
+    const Linear* linears = block.linears;
+    const int64_t heads = linears[0].out / of.width;
     T* query = room<T>(FIRST, rows * linears[0].out);
     T *key = room<T>(SECOND, rows * linears[1].out), *value = room<T>(THIRD, rows * linears[2].out), *found = room<T>(FOURTH, rows * linears[0].out);
-    run(linears[0], edits, x, query, rows, clock);
-    run(linears[1], edits, x, key, rows, clock);
-    run(linears[2], edits, x, value, rows, clock);
+    run(linears[0], *block.edits, x, query, rows, clock);
+    run(linears[1], *block.edits, x, key, rows, clock);
+    run(linears[2], *block.edits, x, value, rows, clock);
     if (of.query_norm) {
-        Kernels<T>::rms_norm(query, of.query_norm, query, rows * of.heads, of.width, of.eps);
+        Kernels<T>::rms_norm(query, of.query_norm, query, rows * heads, of.width, of.eps);
         Kernels<T>::rms_norm(key, of.key_norm, key, rows * of.kv_heads, of.width, of.eps);
     }
-    Kernels<T>::rotate_and_keep(query, key, value, of.cosines, of.sines, of.keys, of.values, of.kv_slots, rows, of.heads, of.kv_heads, of.width,
+    Kernels<T>::rotate_and_keep(query, key, value, at.cosines, at.sines, of.keys, of.values, at.kv_slots, rows, heads, of.kv_heads, of.width,
                                 of.num_blocks * of.block_size);
     clock.lap(SMALL);
-    Kernels<T>::attention(found, query, of.keys, of.values, of.tables, of.sequence_of, of.lengths, rows, of.heads, of.kv_heads, of.width, of.num_blocks,
-                          of.block_size, of.table_blocks, of.scaling, of.window, 0.0f);
+    Kernels<T>::attention(found, query, of.keys, of.values, at.tables, at.sequence_of, at.lengths, rows, heads, of.kv_heads, of.width, of.num_blocks,
+                          of.block_size, at.table_blocks, of.scaling, of.window, 0.0f);
     clock.lap(ATTENTION);
-    run(linears[3], edits, found, y, rows, clock);
+    run(linears[3], *block.edits, found, y, rows, clock);
 }
 
-// Whether there was memory for it.
-template <typename Block>
-int64_t fits(const Block& block) {
+struct Norm {
+    const float* weight;
+    double eps;
+};
+
+// A decoder layer, as blocks.py lays it out: the norms through which its blocks read the residual stream, and the blocks.
+template <typename T>
+struct Layer {
+    Norm attention_norm, mlp_norm;
+    Block<T> attention, mlp;
+    Attention<T> of;
+};
+
+// y = h + mlp(norm(h)) with h = x + attention(norm(x)); y may be x.
+template <typename T>
+void decoder_layer(const Layer<T>& layer, const Rows<T>& at, const T* x, T* y, int64_t rows, Clock& clock) {
+    const int64_t width = layer.attention.linears[0].in, size = rows * width;
+    T *normed = room<T>(NORMED, size), *added = room<T>(ADDED, size);
+    Kernels<T>::rms_norm(x, layer.attention_norm.weight, normed, rows, width, layer.attention_norm.eps);
+    clock.lap(SMALL);
+    attention_block(layer.attention, layer.of, at, normed, added, rows, clock);
+    Kernels<T>::add(x, added, y, size);
+    Kernels<T>::rms_norm(y, layer.mlp_norm.weight, normed, rows, width, layer.mlp_norm.eps);
+    clock.lap(SMALL);
+    gated_mlp(layer.mlp, normed, added, rows, clock);
+    Kernels<T>::add(y, added, y, size);
+    clock.lap(SMALL);
+}
+
+// What runs on a clock that counts for `seconds`; whether there was memory for it.
+template <typename What>
+int64_t clocked(double* seconds, const What& what) {
     try {
-        block();
+        Clock clock(seconds);
+        what(clock);
         return 1;
     } catch (const std::bad_alloc&) {
         return 0;
     }
+}
+
+template <typename T>
+Block<T> block_of(const void* linears, const void* edits) {
+    return {static_cast<const Linear*>(linears), static_cast<const EditKernels<T>*>(edits)};
 }
 
 }  // namespace
@@ -165,18 +214,26 @@ int64_t fits(const Block& block) {
 // x and y (rows, hidden), contiguous; `seconds` (4,) or null. linears: gate, up, down. Returns 0 where memory ran out.
 #define GATED_MLP(NAME, T)                                                                                                             \
     extern "C" int64_t NAME(const void* linears, const void* edits, const T* x, T* y, double* seconds, int64_t rows) {                 \
-        return fits([&] { gated_mlp(static_cast<const Linear*>(linears), *static_cast<const EditKernels<T>*>(edits), x, y, rows, seconds); }); \
+        return clocked(seconds, [&](Clock& clock) { gated_mlp(block_of<T>(linears, edits), x, y, rows, clock); });                     \
     }
 GATED_MLP(gated_mlp_f32, float)
 GATED_MLP(gated_mlp_bf16, BFloat16)
 
 // The same of: query, key, value, output.
 #define ATTENTION_BLOCK(NAME, T)                                                                                                       \
-    extern "C" int64_t NAME(const void* linears, const void* edits, const void* of, const T* x, T* y, double* seconds, int64_t rows) { \
-        return fits([&] {                                                                                                              \
-            attention_block(static_cast<const Linear*>(linears), *static_cast<const EditKernels<T>*>(edits),                           \
-                            *static_cast<const Attention<T>*>(of), x, y, rows, seconds);                                               \
-        });                                                                                                                            \
+    extern "C" int64_t NAME(const void* linears, const void* edits, const Attention<T>* of, const Rows<T>* at, const T* x, T* y,       \
+                            double* seconds, int64_t rows) {                                                                           \
+        return clocked(seconds, [&](Clock& clock) { attention_block(block_of<T>(linears, edits), *of, *at, x, y, rows, clock); });     \
     }
 ATTENTION_BLOCK(attention_block_f32, float)
 ATTENTION_BLOCK(attention_block_bf16, BFloat16)
+
+// The same of `count` layers, one after the other.
+#define DECODER_LAYERS(NAME, T)                                                                                                        \
+    extern "C" int64_t NAME(const Layer<T>* layers, const Rows<T>* at, const T* x, T* y, double* seconds, int64_t rows, int64_t count) { \
+        return clocked(seconds, [&](Clock& clock) {                                                                                    \
+            for (int64_t layer = 0; layer < count; ++layer) decoder_layer(layers[layer], *at, layer ? y : x, y, rows, clock);          \
+        });                                                                                                                            \
+    }
+DECODER_LAYERS(decoder_layers_f32, float)
+DECODER_LAYERS(decoder_layers_bf16, BFloat16)

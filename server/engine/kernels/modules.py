@@ -15,7 +15,7 @@ from server.adapters.apply import StepEdits
 from server.adapters.sites import LinearSite, NormSite
 from server.engine.attention import AttentionPlace
 from server.engine.kernels.blocks import block_linears
-from server.engine.kernels.native import BlockLinears, HeadNorms, Native
+from server.engine.kernels.native import BlockLinears, HeadNorms, Native, PagedAttention, StepRows
 from server.engine.kernels.paged import Rules
 
 
@@ -126,41 +126,64 @@ class RotaryAttention(_Block):
     ) -> tuple[Tensor, None]:
         if attention_mask is not None:
             raise TypeError("paged attention does not implement masks")
-        place = self.medley_attention
-        state, edits = place.state, self.edits
-        angles = (position_embeddings[0][0], position_embeddings[1][0])
-        # A kernel that was chosen for itself attends itself.
-        together = self.together(edits) if state.kernel == self._native.attention else None
+        edits = self.edits
+        together = self.together(edits)
         if together is not None:
-            cache, batch = state.cache.layer(place.layer), state.batch
-            y = self._native.attention_block(
-                hidden_states, together, angles, cache, batch.kv_slots, batch.paged, self._rules, self._head_norms
-            )
-            return self.finished(y, edits), None
+            rows = self.step_rows(position_embeddings)
+            return self.finished(self._native.attention_block(hidden_states, together, self.paged, rows), edits), None
         query, key, value = (self._heads(project(hidden_states)) for project in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[operator]
         if self._has_norms:
             # With the batch's dimension, as the original gives it: edits of norms count the rows that come after it.
             query, key = self.q_norm(query[None])[0], self.k_norm(key[None])[0]  # type: ignore[operator]
+        place = self.medley_attention
+        angles, state = (position_embeddings[0][0], position_embeddings[1][0]), place.state
         self._native.rotate_and_keep(query, key, value, angles, state.cache.layer(place.layer), state.batch.kv_slots)
         out = place.attend(query, self._rules)
         return self.o_proj(out.view(1, out.shape[0], -1)), None  # type: ignore[operator]
 
+    def together(self, edits: StepEdits | None) -> BlockLinears | None:
+        """As of every block; a kernel that was chosen for itself attends itself."""
+        return super().together(edits) if self.medley_attention.state.kernel == self._native.attention else None
+
+    def step_rows(self, angles: tuple[Tensor, Tensor]) -> StepRows:
+        """The step's rows for native calls, made once for all layers that turn by the same angles."""
+        state = self.medley_attention.state
+        if state.rows is None or state.rows.angles is not angles:
+            state.rows = self._native.step_rows(angles, state.batch.kv_slots, state.batch.paged)
+        return state.rows
+
+    @cached_property
+    def paged(self) -> PagedAttention:
+        """This attention for native calls, on the cache that the runner gave it."""
+        place = self.medley_attention
+        return self._native.paged_attention(place.state.cache.layer(place.layer), self._rules, self._head_norms)
+
     def _edited(self, edits: StepEdits) -> BlockLinears | None:
-        norms = [norm for norm in (self.q_norm, self.k_norm) if isinstance(norm, NormSite)] if self._has_norms else []
-        if edits.extras(self.medley_attention.site, "side") or any(edits.extras(norm.spec.name, "norm") for norm in norms):
+        norms = (self.get_submodule("q_norm"), self.get_submodule("k_norm")) if self._has_norms else ()
+        if edits.extras(self.medley_attention.site, "side") or any(has_norm_edits(norm, edits) for norm in norms):
             return None
         return super()._edited(edits)
 
-    @cached_property
+    @property
     def _head_norms(self) -> HeadNorms | None:
         """What the native call needs of the norms of queries and keys."""
         if not self._has_norms:
             return None
-        query, key = (norm.inner if isinstance(norm, NormSite) else norm for norm in (self.q_norm, self.k_norm))
-        assert isinstance(query, NativeRMSNorm)
-        assert isinstance(key, NativeRMSNorm)
+        query, key = (native_norm(self.get_submodule(name)) for name in ("q_norm", "k_norm"))
         return HeadNorms(query.wide, key.wide, query.variance_epsilon)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """``(1, T, heads * head_dim)`` → ``(T, heads, head_dim)``."""
         return projected.view(projected.shape[1], -1, self.head_dim)
+
+
+def native_norm(norm: nn.Module) -> NativeRMSNorm:
+    """A norm of the base, be it a site or not."""
+    inner = norm.inner if isinstance(norm, NormSite) else norm
+    assert isinstance(inner, NativeRMSNorm)
+    return inner
+
+
+def has_norm_edits(norm: nn.Module, edits: StepEdits) -> bool:
+    """Whether a step's programs have parameters of their own for some of a norm's rows."""
+    return isinstance(norm, NormSite) and bool(edits.extras(norm.spec.name, "norm"))

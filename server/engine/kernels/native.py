@@ -28,18 +28,48 @@ log = logging.getLogger(__name__)
 
 
 BLOCK_PARTS = ("linears", "edits", "small", "attention")
-_ATTENTION = struct.Struct("4qd2qd11q")
+_ATTENTION = struct.Struct("3qd2qd4q")
+_ROWS = struct.Struct("7q")
 
 
 class BlockLinears(NamedTuple):
     """A block's linears and what a step's programs do at them: ``records`` and ``edits`` are the structures that ``blocks.cpp`` reads, ``held``
-    what their addresses lie in. The last linear makes ``out_features`` of ``inner_features``. Runs of rows end at ``num_rows`` or before."""
+    what their addresses lie in. The last linear makes ``out_features``. Runs of rows end at ``num_rows`` or before."""
 
     records: bytes
     edits: bytes
-    inner_features: int
     out_features: int
     num_rows: int
+    held: tuple[object, ...]
+
+
+class LayerStack(NamedTuple):
+    """``num_layers`` decoder layers: ``records`` are the structures that ``blocks.cpp`` reads, ``held`` what their addresses lie in. Their heads
+    have ``head_dim`` numbers. Runs of rows end at ``num_rows`` or before."""
+
+    records: bytes
+    num_layers: int
+    head_dim: int
+    num_rows: int
+    held: tuple[object, ...]
+
+
+class PagedAttention(NamedTuple):
+    """What an attention is, and its layer of the cache: ``record`` is the structure that ``blocks.cpp`` reads, ``held`` what its addresses lie in."""
+
+    record: bytes
+    head_dim: int
+    held: tuple[object, ...]
+
+
+class StepRows(NamedTuple):
+    """The ``num_rows`` rows of a step, the same for all of its layers, turned by ``angles``, cosines and sines of ``head_dim`` numbers a row:
+    ``record`` is the structure that ``blocks.cpp`` reads, ``held`` what its addresses lie in."""
+
+    record: bytes
+    angles: tuple[Tensor, Tensor]
+    num_rows: int
+    head_dim: int
     held: tuple[object, ...]
 
 
@@ -69,8 +99,9 @@ class Native:
         self._rotate = self._bound(f"rotate_and_keep_{suffix}", 8, 5)
         self._attention = self._bound(f"attention_{suffix}", 7, 7, _FLOAT, _INTEGER, _FLOAT)
         self._mlp_block = self._bound(f"gated_mlp_{suffix}", 5, 1)
-        self._attention_block = self._bound(f"attention_block_{suffix}", 6, 1)
-        self._mlp_block.restype = self._attention_block.restype = ctypes.c_int64
+        self._attention_block = self._bound(f"attention_block_{suffix}", 7, 1)
+        self._layers = self._bound(f"decoder_layers_{suffix}", 5, 2)
+        self._mlp_block.restype = self._attention_block.restype = self._layers.restype = ctypes.c_int64
         self.block_seconds: Tensor | None = None
         """Float64 ``(len(BLOCK_PARTS),)``: what the parts of blocks take is added here, where somebody wants to know."""
 
@@ -166,39 +197,23 @@ class Native:
 
     def gated_mlp(self, x: Tensor, linears: BlockLinears) -> Tensor:
         """``down(silu(gate(x)) * up(x))`` for ``x (…, hidden)``, every linear with its edits. Raises MemoryError."""
-        x, y = self._block_rows(x, linears)
+        x = self._block_rows(x, linears.num_rows)
+        y = torch.empty((*x.shape[:-1], linears.out_features), dtype=self.dtype)
         if not self._mlp_block(
             linears.records, linears.edits, x.data_ptr(), y.data_ptr(), self._clock(), x.numel() // x.shape[-1]
         ):
             raise MemoryError("there is no memory for the rows of an MLP")
         return y
 
-    def attention_block(
-        self,
-        x: Tensor,
-        linears: BlockLinears,
-        angles: tuple[Tensor, Tensor],
-        caches: tuple[Tensor, Tensor],
-        kv_slots: Tensor,
-        rows: PagedRows,
-        rules: Rules,
-        norms: HeadNorms | None,
-    ) -> Tensor:
-        """``output(attention(query(x), key(x), value(x)))`` for ``x (…, hidden)``, every linear with its edits; queries and keys are normed,
-        rotated by ``angles`` and kept as ``rotate_and_keep`` says, and attend as an AttentionKernel does. Raises MemoryError."""
+    def paged_attention(self, caches: tuple[Tensor, Tensor], rules: Rules, norms: HeadNorms | None) -> PagedAttention:
+        """An attention for the calls below, on one layer's caches; ``norms`` are those of its heads."""
         if rules.softcap is not None:
             raise ValueError("the native block caps no scores")
-        x, y = self._block_rows(x, linears)
-        cosines, sines = (self._own(tensor) for tensor in angles)
         keys, values = caches
-        kv_heads, num_blocks, block_size, width = keys.shape
-        count = x.numel() // x.shape[-1]
-        if not cosines.shape == sines.shape == (count, width):
-            raise ValueError(f"{count} rows cannot be rotated by angles {tuple(cosines.shape)}")
-        attention = _ATTENTION.pack(
-            linears.inner_features // width,
+        kv_heads, num_blocks, block_size, head_dim = keys.shape
+        record = _ATTENTION.pack(
             kv_heads,
-            width,
+            head_dim,
             rules.window or 0,
             rules.scaling,
             *((0, 0, 0.0) if norms is None else (norms.query.data_ptr(), norms.key.data_ptr(), norms.eps)),
@@ -206,19 +221,62 @@ class Native:
             values.data_ptr(),
             num_blocks,
             block_size,
-            *(tensor.data_ptr() for tensor in (cosines, sines, kv_slots, rows.tables, rows.sequence_of, rows.lengths)),
-            rows.tables.shape[1],
         )
-        if not self._attention_block(linears.records, linears.edits, attention, x.data_ptr(), y.data_ptr(), self._clock(), count):
+        return PagedAttention(record, head_dim, (caches, norms))
+
+    def step_rows(self, angles: tuple[Tensor, Tensor], kv_slots: Tensor, rows: PagedRows) -> StepRows:
+        """A step's ``T`` rows for the calls below: cosines and sines ``(…, T, d)``, where keys and values go, ``kv_slots (T,)``, and the keys that
+        rows see."""
+        cosines, sines = (self._own(tensor) for tensor in angles)
+        count, head_dim = len(kv_slots), cosines.shape[-1]
+        if not cosines.shape == sines.shape or cosines.numel() != count * head_dim:
+            raise ValueError(f"{count} rows cannot be rotated by angles {tuple(cosines.shape)} and {tuple(sines.shape)}")
+        tensors = (cosines, sines, kv_slots, rows.tables, rows.sequence_of, rows.lengths)
+        record = _ROWS.pack(*(tensor.data_ptr() for tensor in tensors), rows.tables.shape[1])
+        return StepRows(record, angles, count, head_dim, tensors)
+
+    def attention_block(self, x: Tensor, linears: BlockLinears, attention: PagedAttention, rows: StepRows) -> Tensor:
+        """``output(attention(query(x), key(x), value(x)))`` for ``x (…, hidden)``, every linear with its edits; queries and keys are normed,
+        rotated and kept as ``rotate_and_keep`` says, and attend as an AttentionKernel does. Raises MemoryError."""
+        x = self._block_rows(x, linears.num_rows)
+        y = torch.empty((*x.shape[:-1], linears.out_features), dtype=self.dtype)
+        self._check_rows(x, attention.head_dim, rows)
+        if not self._attention_block(
+            linears.records,
+            linears.edits,
+            attention.record,
+            rows.record,
+            x.data_ptr(),
+            y.data_ptr(),
+            self._clock(),
+            rows.num_rows,
+        ):
             raise MemoryError("there is no memory for the rows of an attention")
         return y
 
-    def _block_rows(self, x: Tensor, linears: BlockLinears) -> tuple[Tensor, Tensor]:
-        """What a block reads, and what it writes."""
+    def decoder_layers(self, x: Tensor, stack: LayerStack, rows: StepRows) -> Tensor:
+        """Each layer's ``h + mlp(norm(h))`` with ``h = x + attention(norm(x))`` for ``x (…, hidden)``, both blocks as above. Raises MemoryError."""
+        x = self._block_rows(x, stack.num_rows)
+        y = torch.empty_like(x)
+        self._check_rows(x, stack.head_dim, rows)
+        if not self._layers(
+            stack.records, rows.record, x.data_ptr(), y.data_ptr(), self._clock(), rows.num_rows, stack.num_layers
+        ):
+            raise MemoryError("there is no memory for the rows of a layer")
+        return y
+
+    def _block_rows(self, x: Tensor, num_rows: int) -> Tensor:
+        """What a block reads, whose runs end at ``num_rows``."""
         x = self._own(x)
-        if linears.num_rows > x.numel() // x.shape[-1]:
-            raise ValueError(f"runs end at row {linears.num_rows} of {x.numel() // x.shape[-1]}")
-        return x, torch.empty((*x.shape[:-1], linears.out_features), dtype=self.dtype)
+        if num_rows > x.numel() // x.shape[-1]:
+            raise ValueError(f"runs end at row {num_rows} of {x.numel() // x.shape[-1]}")
+        return x
+
+    def _check_rows(self, x: Tensor, head_dim: int, rows: StepRows) -> None:
+        if rows.num_rows * x.shape[-1] != x.numel() or rows.head_dim != head_dim:
+            raise ValueError(
+                f"{tuple(x.shape)} and heads of {head_dim} are not {rows.num_rows} rows with angles of {rows.head_dim}"
+            )
 
     def _clock(self) -> int | None:
         return None if self.block_seconds is None else self.block_seconds.data_ptr()

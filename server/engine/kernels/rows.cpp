@@ -1,5 +1,5 @@
-// What a layer does to each row on its own between two linears: the root-mean-square norm, the gated activation, and the rotation of
-// queries and keys. Arithmetic is fp32. OpenMP symbols come from the runtime that PyTorch has already loaded.
+// What a layer does to each row on its own between two linears: the root-mean-square norm, the gated activation, the sum with the residual
+// stream, and the rotation of queries and keys. Arithmetic is fp32. OpenMP symbols come from the runtime that PyTorch has already loaded.
 #include <cmath>
 
 #include "exponential.h"
@@ -48,6 +48,13 @@ void silu_mul(const T* gate, const T* up, T* y, int64_t count) {
     }
 }
 
+// y = a + b, and y may be either of them.
+template <typename T>
+void add(const T* a, const T* b, T* y, int64_t count) {
+#pragma omp parallel for if (count > 65536)
+    for (int64_t i = 0; i < count; ++i) narrow(widen(a[i]) + widen(b[i]), y + i);
+}
+
 // x (rows, heads, width) → to: pairs of the two halves turned by the row's angles. Where `to` puts a row is the caller's business.
 template <typename T>
 void rotate(const T* x, const T* cosines, const T* sines, T* to, int64_t width) {
@@ -83,9 +90,11 @@ void rotate_and_keep(T* query, const T* key, const T* value, const T* cosines, c
 extern "C" void rms_norm_f32(const float* x, const float* weight, float* y, int64_t rows, int64_t width, float eps) { rms_norm(x, weight, y, rows, width, eps); }
 extern "C" void rms_norm_bf16(const BFloat16* x, const float* weight, BFloat16* y, int64_t rows, int64_t width, float eps) { rms_norm(x, weight, y, rows, width, eps); }
 
-// gate, up and y hold `count` numbers each.
+// gate, up and y, or a, b and y, hold `count` numbers each.
 extern "C" void silu_mul_f32(const float* gate, const float* up, float* y, int64_t count) { silu_mul(gate, up, y, count); }
 extern "C" void silu_mul_bf16(const BFloat16* gate, const BFloat16* up, BFloat16* y, int64_t count) { silu_mul(gate, up, y, count); }
+extern "C" void add_f32(const float* a, const float* b, float* y, int64_t count) { add(a, b, y, count); }
+extern "C" void add_bf16(const BFloat16* a, const BFloat16* b, BFloat16* y, int64_t count) { add(a, b, y, count); }
 
 // query (rows, heads, width) is rotated in place; key and value (rows, kv_heads, width) go, the former rotated, to kv_slots (rows,) of the
 // caches (kv_heads, num_slots, width). cosines and sines (rows, width). All contiguous.

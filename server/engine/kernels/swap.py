@@ -1,7 +1,7 @@
 """Putting native modules into a model in place of Hugging Face's own. A table of classes that are known by name, and nothing else.
 
-What is not in the table stays as it is: linears of every family are, norms, gated MLPs and attentions where their code is the one that the
-native module repeats. tests/server/engine/kernels/test_swap.py holds every family's logits to those of the model as it was.
+What is not in the table stays as it is: linears of every family are, norms, gated MLPs, attentions and bodies where their code is the one that
+the native module repeats. tests/server/engine/kernels/test_swap.py holds every family's logits to those of the model as it was.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from server.engine.kernels.modules import GatedMLP, NativeRMSNorm, RotaryAttention
 from server.engine.kernels.native import Native
 from server.engine.kernels.packed_linear import PackedLinear
+from server.engine.kernels.stack import DecoderStack, has_native_blocks
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _NORMS = frozenset(f"{family}RMSNorm" for family in (*_FAMILIES, "Phi3"))
 _MLPS = frozenset(f"{family}MLP" for family in _FAMILIES)
 _ATTENTIONS = frozenset(f"{family}Attention" for family in _FAMILIES)
+_BODIES = frozenset(f"{family}Model" for family in _FAMILIES)
 
 
 def swap_native(model: nn.Module, native: Native) -> None:
@@ -41,6 +43,8 @@ def _native_for(module: nn.Module, native: Native) -> nn.Module | None:
         return GatedMLP(native, module)
     if kind in _ATTENTIONS:
         return RotaryAttention(native, module, _window(module))
+    if kind in _BODIES and has_native_blocks(module):
+        return DecoderStack(native, module)
     return None
 
 

@@ -1,9 +1,9 @@
-"""A block in one native call says, bit for bit, what its modules say one by one; and which of the two ran is asserted."""
+"""Layers in one native call say, bit for bit, what their blocks say and what the modules of those say one by one; and what ran is asserted."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from server.adapters.base_spec import BaseSpec
-from server.adapters.ir import BottleneckEdit, LinearEdit, NormEdit, Placement, Program, SideEdit
+from server.adapters.ir import BottleneckEdit, InterventionEdit, LinearEdit, NormEdit, Placement, Program, Prologue, SideEdit
 from server.adapters.program_file import write_program
-from server.engine.kernels import Native
+from server.engine.kernels import Native, PagedRows, Rules, attention_reference, swap
 from server.engine.kernels.modules import GatedMLP, RotaryAttention
-from server.engine.kernels.native import BlockLinears
+from server.engine.kernels.native import BlockLinears, LayerStack
 from server.engine.model import DTYPES
 from server.engine.types import BASE, ProgramRef, Request
 from tests.conftest import TinyModels
@@ -25,6 +25,10 @@ from tests.server.engine.kernels.conftest import Load
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LAYERS = 2
+BLOCK_BY_BLOCK = ((swap, "_BODIES", frozenset()),)
+"""With Hugging Face's own code around the blocks."""
+MODULE_BY_MODULE = tuple((kind, "together", lambda *_: None) for kind in (GatedMLP, RotaryAttention))
+CALLS = ("decoder_layers", "attention_block", "gated_mlp")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -58,9 +62,24 @@ def sides(spec: BaseSpec, program: Program) -> None:
         program.add(spec.layer_site(layer, spec.names.attention), SideEdit(key, value))
 
 
+def interventions(spec: BaseSpec, program: Program) -> None:
+    dtype, width = DTYPES[spec.dtype], spec.hidden_size
+    for layer in range(LAYERS):
+        source, bias, project = (noise(*shape).to(dtype) for shape in ((2, width), (2,), (2, width)))
+        program.add(spec.layer_site(layer, ""), InterventionEdit(source, bias, project, "relu", positions=4))
+
+
+def virtual_tokens(spec: BaseSpec, program: Program) -> None:
+    tokens = noise(5, spec.hidden_size).to(DTYPES[spec.dtype])
+    program.prologue = Prologue(tokens=tokens, tokens_site=spec.embedding)
+
+
+Make = Callable[[BaseSpec, Program], None]
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often blocks ran as one call."""
+    """How often layers and blocks ran as one call."""
     found: Counter[str] = Counter()
 
     def counted(name: str) -> None:
@@ -72,12 +91,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(Native, name, call)
 
-    counted("gated_mlp")
-    counted("attention_block")
+    for name in CALLS:
+        counted(name)
     return found
 
 
-def mixed(directory: Path, dtype: str, place: Path, makes: tuple[Any, ...]) -> Iterator[Request]:
+def mixed(directory: Path, dtype: str, place: Path, makes: tuple[Make, ...]) -> Iterator[Request]:
     """A base request and one of each program, in prompts of several lengths."""
     spec = load_base_for_lowering(directory, dtype).spec
     refs = [BASE]
@@ -91,9 +110,14 @@ def mixed(directory: Path, dtype: str, place: Path, makes: tuple[Any, ...]) -> I
 
 
 @pytest.mark.parametrize(
-    ("makes", "attends_in_one_call"),
-    [((), True), ((linears,), True), ((linears, bottlenecks), True), ((linears, norms), None), ((linears, sides), False)],
-    ids=["base", "linears", "bottlenecks", "norms", "sides"],
+    ("makes", "runs_whole_layers"),
+    [
+        ((linears, virtual_tokens), True),
+        ((linears, bottlenecks, interventions), False),
+        ((linears, norms), False),
+        ((linears, sides), False),
+    ],
+    ids=["linears", "between blocks", "norms", "sides"],
 )
 @pytest.mark.parametrize(("family", "dtype"), [*((family, "float32") for family in FAMILIES), ("llama", "bfloat16")])
 def test_one_call_is_its_modules(
@@ -104,28 +128,82 @@ def test_one_call_is_its_modules(
     monkeypatch: pytest.MonkeyPatch,
     family: str,
     dtype: str,
-    makes: tuple[Any, ...],
-    attends_in_one_call: bool | None,
+    makes: tuple[Make, ...],
+    runs_whole_layers: bool,
 ) -> None:
+    """Prompts of several lengths and decodes of the base and all programs in the same steps."""
     directory = tiny_models(family)
     requests = list(mixed(directory, dtype, tmp_path, makes))
     found = run(make_engine(directory, dtype, kernel_dir=str(kernel_dir)), requests)
-    if attends_in_one_call is None:
-        attends_in_one_call = family != "qwen3"  # whose heads have norms that a program may edit
-    assert calls["gated_mlp"] > 0
-    # In steps without the program that forbids it, attention may be one call nevertheless.
-    assert (calls["attention_block"] == calls["gated_mlp"]) is attends_in_one_call
-    calls.clear()
-    for kind in (GatedMLP, RotaryAttention):
-        monkeypatch.setattr(kind, "together", lambda *_: None)
-    wanted = run(make_engine(directory, dtype, kernel_dir=str(kernel_dir)), requests)
-    assert not calls
-    for name, result in wanted.items():
-        assert found[name].tokens == result.tokens
-        assert torch.equal(torch.stack(found[name].logits), torch.stack(result.logits))
+    assert (set(calls) == {"decoder_layers"}) is runs_whole_layers
+    for patches, forbidden in (BLOCK_BY_BLOCK, {"decoder_layers"}), (MODULE_BY_MODULE, set(CALLS)):
+        calls.clear()
+        with monkeypatch.context() as patched:
+            for patch in patches:
+                patched.setattr(*patch)
+            wanted = run(make_engine(directory, dtype, kernel_dir=str(kernel_dir)), requests)
+        assert not forbidden & set(calls)
+        for name, result in wanted.items():
+            assert found[name].tokens == result.tokens
+            assert torch.equal(torch.stack(found[name].logits), torch.stack(result.logits))
 
 
-def test_runs_beyond_the_rows_are_refused(native: Load) -> None:
-    beyond = BlockLinears(records=b"", edits=b"", inner_features=8, out_features=8, num_rows=3, held=())
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (None, {"decoder_layers"}),
+        (linears, {"decoder_layers"}),
+        (virtual_tokens, {"decoder_layers"}),
+        (bottlenecks, {"attention_block", "gated_mlp"}),
+        (interventions, {"attention_block", "gated_mlp"}),
+        (norms, {"attention_block", "gated_mlp"}),
+        (sides, {"gated_mlp"}),
+    ],
+)
+def test_what_a_program_edits_decides_what_runs(
+    tiny_models: TinyModels,
+    kernel_dir: Path,
+    tmp_path: Path,
+    calls: Counter[str],
+    family: str,
+    make: Make | None,
+    wanted: set[str],
+) -> None:
+    directory = tiny_models(family)
+    requests = list(mixed(directory, "float32", tmp_path, () if make is None else (make,)))
+    run(make_engine(directory, kernel_dir=str(kernel_dir)), requests[-1:])
+    if make is norms and family == "qwen3":
+        wanted = {"gated_mlp"}  # whose heads have norms too
+    assert set(calls) == wanted
+
+
+def test_a_kernel_chosen_for_itself_attends(tiny_models: TinyModels, kernel_dir: Path, calls: Counter[str]) -> None:
+    engine = make_engine(tiny_models("llama"), kernel_dir=str(kernel_dir))
+    engine._runner._attention.kernel = attention_reference
+    run(engine, [greedy("a", [5, 6, 7])])
+    assert set(calls) == {"gated_mlp"}
+
+
+def test_a_cache_that_is_asked_for_is_refused(tiny_models: TinyModels, kernel_dir: Path) -> None:
+    body = make_engine(tiny_models("llama"), kernel_dir=str(kernel_dir))._base.backbone
+    with pytest.raises(TypeError, match="nothing is given out"):
+        body(input_ids=torch.zeros(1, 1, dtype=torch.int64), position_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
+
+
+def test_rows_that_do_not_fit_are_refused(native: Load) -> None:
+    kernels = native(torch.float32)
+    beyond = BlockLinears(records=b"", edits=b"", out_features=8, num_rows=3, held=())
     with pytest.raises(ValueError, match="runs end at row 3 of 2"):
-        native(torch.float32).gated_mlp(torch.zeros(2, 8), beyond)
+        kernels.gated_mlp(torch.zeros(2, 8), beyond)
+    angles, numbers = (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)), torch.zeros(2, dtype=torch.int32)
+    seen = PagedRows(torch.zeros(1, 1, dtype=torch.int32), numbers, numbers)
+    with pytest.raises(ValueError, match="3 rows cannot be rotated"):
+        kernels.step_rows(angles, torch.zeros(3, dtype=torch.int64), seen)
+    rows = kernels.step_rows(angles, torch.zeros(2, dtype=torch.int64), seen)
+    cache = (torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 16, 8))
+    with pytest.raises(ValueError, match="caps no scores"):
+        kernels.paged_attention(cache, Rules(1.0, softcap=2.0), None)
+    of_another_width = LayerStack(b"", 1, head_dim=8, num_rows=0, held=())
+    with pytest.raises(ValueError, match="heads of 8 are not 2 rows with angles of 4"):
+        kernels.decoder_layers(torch.zeros(2, 8), of_another_width, rows)

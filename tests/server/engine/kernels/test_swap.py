@@ -14,27 +14,28 @@ from server.adapters.program_file import write_program
 from server.engine.kernels import GatheredAttention
 from server.engine.kernels.modules import GatedMLP, NativeRMSNorm, RotaryAttention
 from server.engine.kernels.packed_linear import PackedLinear
+from server.engine.kernels.stack import DecoderStack
 from server.engine.types import BASE, ProgramRef, Task
 from tests.conftest import TinyModels
 from tests.harness import ask, greedy, load_base_for_lowering, make_encoder, make_engine, run
 from tests.tiny import ENCODERS, FAMILIES
 
-# Of two layers: linears, norms, gated MLPs, rotary attentions.
+# Of two layers: linears, norms, gated MLPs, rotary attentions; and bodies.
 NATIVE = {
-    "llama": (15, 5, 2, 2),
-    "mistral": (15, 5, 2, 2),
-    "qwen2": (15, 5, 2, 2),
-    "qwen3": (15, 9, 2, 2),
-    "phi3": (9, 5, 0, 0),
-    "gemma2": (15, 0, 0, 0),
-    "gpt2": (9, 0, 0, 0),
-    "opt": (13, 0, 0, 0),
+    "llama": (15, 5, 2, 2, 1),
+    "mistral": (15, 5, 2, 2, 1),
+    "qwen2": (15, 5, 2, 2, 1),
+    "qwen3": (15, 9, 2, 2, 1),
+    "phi3": (9, 5, 0, 0, 0),
+    "gemma2": (15, 0, 0, 0, 0),
+    "gpt2": (9, 0, 0, 0, 0),
+    "opt": (13, 0, 0, 0, 0),
 }
 
 
 def kinds(model: torch.nn.Module) -> tuple[int, ...]:
     found = Counter(type(module) for module in model.modules())
-    return tuple(found[kind] for kind in (PackedLinear, NativeRMSNorm, GatedMLP, RotaryAttention))
+    return tuple(found[kind] for kind in (PackedLinear, NativeRMSNorm, GatedMLP, RotaryAttention, DecoderStack))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,7 +45,7 @@ def test_every_family(tiny_models: TinyModels, kernel_dir: Path, family: str) ->
     plain = make_engine(directory)
     fast = make_engine(directory, kernel_dir=str(kernel_dir))
     assert kinds(fast._base.model) == NATIVE[family]
-    assert kinds(plain._base.model) == (0, 0, 0, 0)
+    assert kinds(plain._base.model) == (0, 0, 0, 0, 0)
     assert isinstance(plain._runner._attention.kernel, GatheredAttention)
     assert not isinstance(fast._runner._attention.kernel, GatheredAttention)
     wanted, found = run(plain, requests), run(fast, requests)
@@ -139,5 +140,5 @@ def test_encoders(tiny_models: TinyModels, kernel_dir: Path, family: str) -> Non
 def test_without_a_compiler_pytorch_runs(tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     engine = make_engine(tiny_models("llama"), kernel_dir=str(tmp_path / "kernels"))
-    assert kinds(engine._base.model) == (0, 0, 0, 0)
+    assert kinds(engine._base.model) == (0, 0, 0, 0, 0)
     assert run(engine, [greedy("a", [5, 6, 7])])["a"].finish_reason == "length"
