@@ -1,6 +1,7 @@
 # What the README tells people to run. Every target sets up what it needs.
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 EXIT ?=
 PEERS := llama_cpp openvino_genai vllm_cpu
@@ -50,8 +51,8 @@ demo-classify: $(VENV)/.ready ## serve a real encoder with three tenants' classi
 serve: $(VENV)/.ready ## start the server on 127.0.0.1:8000
 	@$(BIN)/medley serve
 
-test: setup ## run all tests (below 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest
+test: setup ## run all tests (below 15 minutes on 2 cores; WORKERS=1: one after the other)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/.ready ## format, lint, types, import contracts, documentation coverage
 	@$(BIN)/ruff format --check .

@@ -123,6 +123,10 @@ def _default_base(cache_dir: Path, progress: Callable[[str], None]) -> Path:
     try:
         _convert_gguf(Path(spec.origin).parent / _DEFAULT_GGUF, temporary)
         os.replace(temporary, target)
+    except OSError:
+        # Another process may have converted it meanwhile, to the same.
+        if not (target / "config.json").exists():
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from server.engine import base_dir
 from server.engine.base_dir import ENCODERS, FAMILIES, UnsupportedBase, check_config, prepare_base
 from tests.conftest import TinyModels
 from tests.tiny import ENCODERS as TINY_ENCODERS
@@ -80,6 +81,17 @@ def test_the_digest_follows_the_content(tiny_models: TinyModels, tmp_path: Path)
     other = changed(tiny_models("llama"), tmp_path / "other", rms_norm_eps=1e-3)
     assert first == again
     assert prepare_base(str(other), tmp_path / "cache").digest != first.digest
+
+
+def test_two_processes_may_convert_the_default_base_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(gguf: Path, target: Path) -> None:
+        for directory in (tmp_path / "bases" / base_dir.DEFAULT_NAME, target):
+            directory.mkdir(exist_ok=True)
+            (directory / "config.json").write_text("{}")
+
+    monkeypatch.setattr(base_dir, "_convert_gguf", convert)
+    found = base_dir._default_base(tmp_path, lambda line: None)
+    assert [path.name for path in found.parent.iterdir()] == [base_dir.DEFAULT_NAME]
 
 
 def test_the_default_base_is_converted_once_and_makes_sense(smollm2: Path) -> None:
