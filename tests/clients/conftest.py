@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from medley_client.cli import main
+from medley_client.cli.console import err, out
 from tests.conftest import TinyModels
 from tests.live import TENANTS, Live, Sharing
 from tests.parity.variants import VARIANTS, Variant, make_adapter
@@ -42,7 +43,9 @@ def command(live: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Runs ``medley`` as the tenant acme: (status, stdout, stderr)."""
     monkeypatch.setenv("MEDLEY_URL", live.url)
     monkeypatch.setenv("MEDLEY_API_KEY", live.keys["acme"])
-    monkeypatch.setenv("COLUMNS", "200")
+    # The consoles are made on import, and keep what the terminal said then.
+    monkeypatch.setattr(out, "width", 200)
+    monkeypatch.setattr(err, "width", 200)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         status = main(arguments)
