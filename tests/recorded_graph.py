@@ -1,7 +1,7 @@
 """A stand-in for a CUDA graph where there is no GPU: every operation that was run is run again, on the same tensors and with the same numbers.
 
-As on a GPU, what the host computed while it recorded stays as it was, and what would wait for the device or bring numbers from the host cannot
-be recorded: a step that replays rightly here depends on nothing but its tensors.
+As on a GPU, what the host computed while it recorded stays as it was, and what would wait for the device, or make a tensor of several of the
+host's numbers, cannot be recorded: a step that replays rightly here depends on nothing but its tensors.
 """
 
 from __future__ import annotations

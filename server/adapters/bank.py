@@ -206,8 +206,8 @@ class Bank:
         self._free(program_id)
 
     def can_pin(self, program_id: str) -> bool:
-        """Whether a resident program takes new references: not before it has arrived, nor while it is drained for another."""
-        is_draining = self._claim is not None and program_id in self._claim.draining
+        """Whether a resident program takes new references: once it has arrived and, its first step aside, not while it is drained for another."""
+        is_draining = self._claim is not None and program_id in self._claim.draining and not self._pending.stays(program_id)
         return not is_draining and not self._pending.is_pending(program_id)
 
     def pin(self, program_id: str, tenant: str = "", *, again: bool = False) -> int:

@@ -53,9 +53,18 @@ class _Check:
         self._check_vector(f"{site.name}: in_scale", layout.in_scale, site.in_features)
         for field in ("out_scale", "shift", "pair_scale"):
             self._check_vector(f"{site.name}: {field}", getattr(layout, field), site.out_features)
+        if layout.pair_scale is not None and (
+            layout.pair_group < 2 or layout.pair_group % 2 or site.out_features % layout.pair_group
+        ):
+            raise ValueError(f"{site.name}: {site.out_features} outputs are not pairs in groups of {layout.pair_group}")
+        if layout.bottlenecks and site.name not in {sublayer.site for sublayer in self._spec.sublayers}:
+            raise ValueError(f"{site.name}: a bottleneck needs a site that ends a sub-layer")
         for item in layout.bottlenecks:
             self._check_bottleneck(site.name, item)
         self._check_extras(site.name, layout.extras.values())
+        for field in ("norm.weight", "norm.bias"):
+            if field in layout.extras:
+                self._check_norm(f"{site.name}: {field}", self._program.extras[layout.extras[field]], site)
 
     def _check_bottleneck(self, site: str, item: BottleneckLayout) -> None:
         width = self._spec.hidden_size
@@ -70,6 +79,14 @@ class _Check:
         self._check_vector(f"{site}: a bottleneck's down_bias", item.down_bias, item.rank)
         for field in ("up_bias", "before_weight", "before_bias", "after_weight", "after_bias"):
             self._check_vector(f"{site}: a bottleneck's {field}", getattr(item, field), width)
+
+    def _check_norm(self, what: str, tensor: Tensor, site: SiteSpec) -> None:
+        """Kernels read a norm's parameters by their address."""
+        name = str(tensor.dtype).removeprefix("torch.")
+        if site.kind != "norm" or tuple(tensor.shape) != (site.out_features,) or name != self._spec.dtype:
+            raise ValueError(
+                f"{what} is {name} of shape {tuple(tensor.shape)}; at a norm it must be {self._spec.dtype} of {site.out_features}"
+            )
 
     def _check_prologue(self) -> None:
         prologue, spec = self._program.prologue, self._spec

@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 from server.adapters.apply import EditCache, StepEdits
+from server.adapters.bank import COMPUTE_ERRORS
 from server.adapters.slot_table import Term
 from server.engine.batch import Batch
 from server.engine.kernels import PagedRows
 from server.engine.kernels.graph import Graph
 
 AFTER = 3
-"""Steps of a kind that run as usual before one is recorded: kinds that come once cost nothing."""
+"""Steps of a kind that run as usual before one is recorded: kinds that come once cost nothing. Twice as many for each time that the kind's
+recording went before."""
 MOST = 128
 """Recordings at a time; the one that was replayed longest ago goes."""
+MOST_REFUSED = 8
+"""Kinds that could not be recorded; after so many nothing is recorded any more."""
 _MOST_SEEN = 4096
 _FEWEST_BLOCKS = 32
 
@@ -69,6 +73,7 @@ class DecodeGraphs:
         self._recorded: OrderedDict[_Kind, Graph] = OrderedDict()
         # By hash, since terms are large and tenants choose them: where two kinds share one, one of them is recorded early, or never.
         self._seen: Counter[int] = Counter()
+        self._went: Counter[int] = Counter()
         self._refused: set[int] = set()
         self._results: tuple[Tensor, Tensor] | None = None
 
@@ -119,10 +124,13 @@ class DecodeGraphs:
 
     def _is_due(self, kind: _Kind) -> bool:
         """Whether a kind that has come once more is to be recorded now."""
+        name = hash(kind)
         if len(self._seen) > _MOST_SEEN:
             self._seen.clear()
-        self._seen[hash(kind)] += 1
-        return self._seen[hash(kind)] > AFTER and hash(kind) not in self._refused
+            self._went.clear()
+        self._seen[name] += 1
+        is_refused = name in self._refused or len(self._refused) >= MOST_REFUSED
+        return not is_refused and self._seen[name] > AFTER << self._went[name]
 
     def _fill(self, batch: Batch, edits: StepEdits | None, rows: int) -> None:
         """Bring a step to where recordings read it. Past a row's length its table is not read, so that it may hold anything there."""
@@ -165,7 +173,7 @@ class DecodeGraphs:
         graph = self._make_graph()
         try:
             graph.record(compute)
-        except RuntimeError:
+        except COMPUTE_ERRORS:
             log.exception("steps of %d rows and %d terms cannot be recorded; they run kernel by kernel", rows, len(kind.terms))
             self._refused.add(hash(kind))
             return None
@@ -174,6 +182,7 @@ class DecodeGraphs:
         if len(self._recorded) > MOST:
             gone, _ = self._recorded.popitem(last=False)
             self._seen[hash(gone)] = 0
+            self._went[hash(gone)] += 1
         return graph
 
 

@@ -59,7 +59,7 @@ R = TypeVar("R")
 class Lifecycle(ABC, Generic[W, R]):
     """Owns the device: the base model and the bank, the programs and the requests of one engine. A step runs work W, which gives an R.
 
-    ``wake`` is called from another thread when a load ends. ``kernel`` forces one low-rank kernel, for tests that compare the fast ones
+    ``wake`` is called from another thread when a load ends. ``kernel`` forces those of edits, for tests that compare the fast ones
     with the reference; ``clock`` (seconds) is what programs count as recently used by.
     """
 

@@ -53,6 +53,9 @@ class BaseModel:
 
 def load_base(directory: Path, digest: str, dtype: str, device: str) -> BaseModel:
     """Load a prepared base directory (see base_dir) for inference. Raises ValueError when the directory lacks weights."""
+    if torch.device(device).type == "cuda":
+        # What streams, recordings and Triton take when nobody says which.
+        torch.cuda.set_device(device)
     # The implementation name sits on the config, which is ours alone: nothing else in the process may share it.
     config: Any = AutoConfig.from_pretrained(directory)
     names = FAMILIES[config.model_type]
@@ -71,6 +74,9 @@ def load_base(directory: Path, digest: str, dtype: str, device: str) -> BaseMode
         raise ValueError(f"{directory} lacks weights of its model: {sorted(report['missing_keys'])[:3]}")
     model.requires_grad_(False).eval().to(device)
     spec = describe(model, digest, dtype)
+    if not names.is_encoder:
+        # GPT-2 would look for padding in every step, which waits for the device. There is none: batches are ragged.
+        model.config.pad_token_id = None
     return BaseModel(
         model=model,
         spec=spec,

@@ -27,6 +27,10 @@ def with_bottleneck(packed: PackedProgram, **changes: Any) -> PackedProgram:
     return with_site(packed, OUT, bottlenecks=(replace(packed.layouts[OUT].bottlenecks[0], **changes),))
 
 
+def with_extra(packed: PackedProgram, site: str, name: str, tensor: torch.Tensor) -> PackedProgram:
+    return replace(packed, extras={**packed.extras, packed.layouts[site].extras[name]: tensor})
+
+
 FAULTS: dict[str, Callable[[PackedProgram], PackedProgram]] = {
     "rows of two dimensions": lambda p: replace(p, rows=p.rows.view(1, -1)),
     "vectors that are whole numbers": lambda p: replace(p, vectors=p.vectors.long()),
@@ -38,6 +42,13 @@ FAULTS: dict[str, Callable[[PackedProgram], PackedProgram]] = {
     "a rank that is no number": lambda p: with_site(p, SITE, rank="x"),
     "an offset that is a fraction": lambda p: with_site(p, SITE, shift=0.5),
     "a shift beyond the end": lambda p: with_site(p, SITE, shift=p.vectors.numel() - 1),
+    "pairs in groups that are none": lambda p: with_site(p, SITE, pair_scale=0, pair_group=3),
+    "a norm of another width": lambda p: with_extra(p, "model.norm", "norm.weight", R(3)),
+    "a norm of another dtype": lambda p: with_extra(p, "model.norm", "norm.weight", R(32).double()),
+    "a norm's parameter at a linear": lambda p: with_site(
+        p, SITE, extras={"norm.weight": p.layouts["model.norm"].extras["norm.weight"]}
+    ),
+    "a bottleneck where no sub-layer ends": lambda p: with_site(p, SITE, bottlenecks=p.layouts[OUT].bottlenecks),
     "an extra that is not there": lambda p: replace(p, extras={}),
     "a stream that is none": lambda p: with_bottleneck(p, placement=replace(p.layouts[OUT].bottlenecks[0].placement, source="x")),
     "a weight that is no number": lambda p: with_bottleneck(p, weight=float("nan")),

@@ -21,9 +21,10 @@ from server.engine.engine import Engine
 from server.engine.graphs import DecodeGraphs
 from server.engine.kernels import choice
 from server.engine.types import BASE, ProgramRef, Request
+from tests.conftest import TinyModels
 from tests.harness import Result, greedy, load_base_for_lowering, make_engine, run
 from tests.recorded_graph import RecordedGraph
-from tests.tiny import make_tiny
+from tests.tiny import FAMILIES, make_tiny
 
 pytestmark = [
     # The interpreter computes with NumPy, which warns of what is meant here.
@@ -212,6 +213,45 @@ def test_longer_sequences_have_recordings_of_their_own(
     # From 15 tokens on: a block more with the second token.
     same(engine, reference, ask((BASE, 15), tokens=4))
     assert [kind.blocks for kind in decodes(engine)._recorded] == [1, 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_recorded(family: str, recorded: list[RecordedGraph], tiny_models: TinyModels) -> None:
+    results = []
+    for kernel in (lowrank_reference, TRITON):
+        engine = make_engine(tiny_models(family), kernel=kernel)
+        results.append(run(engine, ask((BASE, 5)))["0"])
+        engine.close()
+    assert [graph.replays for graph in recorded] == [2]
+    assert results[0].tokens == results[1].tokens
+    torch.testing.assert_close(rows(results[1]), rows(results[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_recording_that_went_must_come_more_often(
+    engine: Engine, recorded: list[RecordedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "AFTER", 1)
+    monkeypatch.setattr(graphs, "MOST", 1)
+    one, two = [(BASE, 4)], [(BASE, 4), (BASE, 5)]
+    for parts in (one, two, one):
+        run(engine, ask(*parts, tokens=4))
+    # Of three steps each: two replayed, two replayed, and of the kind that went two are run first.
+    assert [graph.replays for graph in recorded] == [2, 2, 1]
+
+
+def test_what_is_refused_often_is_not_tried_any_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(graph: RecordedGraph, compute: Callable[[], None]) -> None:
+        asked.append(compute)
+        raise ValueError("rows that are not contiguous")
+
+    monkeypatch.setattr(graphs, "MOST_REFUSED", 2)
+    monkeypatch.setattr(RecordedGraph, "record", refuse)
+    for count in (1, 2, 3, 5):
+        found = run(engine, ask(*[(BASE, 4)] * count, tokens=3))
+        assert all(len(result.tokens) == 3 for result in found.values())
+    assert len(asked) == 2
 
 
 def test_what_no_kernel_finds_by_slot_is_run_as_usual(
