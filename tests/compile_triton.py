@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from server.adapters.kernels import slots, triton_math, triton_slots
+from server.adapters.norm_form import NormForm
 from server.engine.kernels import triton_attention
 from server.engine.kernels.paged import PagedRows, Rules
 
@@ -63,8 +64,8 @@ def main() -> None:
         triton_slots.add_triton(y, x, arena, vectors, rows, places, terms)
     triton_slots.scale_triton(x, vectors, rows, places)
     triton_slots.pairs_triton(y, x, vectors, rows, places)
-    triton_slots.norm_triton(y, x, rows, places, x[0], None, is_centered=False, offset=0.0, eps=1e-5)
-    triton_slots.norm_triton(y, x, rows, places, x[0], x[0], is_centered=True, offset=0.0, eps=1e-5)
+    triton_slots.norm_triton(y, x, rows, places, x[0], None, NormForm(is_centered=False, offset=0.0, eps=1e-5))
+    triton_slots.norm_triton(y, x, rows, places, x[0], x[0], NormForm(is_centered=True, offset=0.0, eps=1e-5))
     query, cache = torch.zeros(8, 32, 128, dtype=dtype), torch.zeros(8, 64, 16, 128, dtype=dtype)
     numbers = torch.ones(8, dtype=torch.int32)
     for sequences, rules in ((8, Rules(0.1)), (2, Rules(0.1)), (2, Rules(0.1, window=64, softcap=30.0))):

@@ -76,7 +76,7 @@ class StepEdits:
         self.runs = [(bank.resident(slot), start, end) for slot, start, end in runs if slot]
         self.num_rows = max((end for _, _, end in runs), default=0)
         self.kinds = frozenset[str]().union(*(resident.kinds for resident, _, _ in self.runs))
-        places = places or make_places(bank, kernel)
+        places = places or _make_places(bank, kernel)
         self.records = places if isinstance(places, NativeRecords) else None
         self.slots = SlotStep(places, self.runs, self.num_rows, slots) if isinstance(places, SlotTable) else None
         self.is_lasting = slots is not None
@@ -236,7 +236,7 @@ class EditCache:
         self._bank = bank
         self._capacity = capacity
         self._kernel = kernel
-        self._places = make_places(bank, kernel)
+        self._places = _make_places(bank, kernel)
         self._entries: OrderedDict[tuple[tuple[int, int, int], ...], StepEdits] = OrderedDict()
         bank.watch(self._forget)
 
@@ -264,7 +264,7 @@ class EditCache:
             del self._entries[key]
 
 
-def make_places(bank: Bank, kernel: Kernel | None) -> Places | None:
+def _make_places(bank: Bank, kernel: Kernel | None) -> Places | None:
     """What a kernel keeps of where programs lie; None for those in PyTorch, which keep nothing."""
     if isinstance(kernel, NativeEdits):
         return NativeRecords(bank, kernel)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from server.adapters.activations import ACTIVATIONS
 from server.adapters.kernels import LowRankKernel, LowRankRows
+from server.adapters.pairs import swap_pairs
 from server.adapters.rows import VectorRows, add_rows, pick, scale_rows, shift_rows, take
 
 
@@ -131,9 +132,3 @@ class SiteWork:
         if self.shift is not None:
             shift_rows(y, self.vectors, self.shift)
         return y
-
-
-def swap_pairs(z: Tensor, group: int) -> Tensor:
-    """``(z1, z2) → (-z2, z1)`` for the halves of every ``group`` outputs."""
-    first, second = z.view(*z.shape[:-1], -1, 2, group // 2).unbind(-2)
-    return torch.stack((-second, first), dim=-2).view(z.shape)

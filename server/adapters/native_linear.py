@@ -16,6 +16,7 @@ from server.adapters.bank import Resident
 from server.adapters.kernels import NativeEdits, NativeRuns, join_runs
 from server.adapters.native_records import NativeRecords
 from server.adapters.packed import SiteLayout
+from server.adapters.pairs import are_pairs
 
 _RECORD = struct.Struct("17q")
 
@@ -76,7 +77,7 @@ def _pack(records: NativeRecords, resident: Resident, layout: SiteLayout, in_fea
     _check_factors(left, right, in_features, out_features)
     if dense is not None and tuple(dense.shape) != (out_features, in_features):
         raise ValueError(f"dense is {tuple(dense.shape)} at a linear of {out_features} by {in_features}")
-    if layout.pair_scale is not None and (layout.pair_group <= 0 or layout.pair_group % 2 or out_features % layout.pair_group):
+    if layout.pair_scale is not None and not are_pairs(out_features, layout.pair_group):
         raise ValueError(f"{out_features} outputs are not pairs in groups of {layout.pair_group}")
     record = _RECORD.pack(
         records.vector(resident, layout.in_scale),

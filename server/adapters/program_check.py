@@ -14,6 +14,7 @@ from torch import Tensor
 from server.adapters.base_spec import BaseSpec, SiteSpec
 from server.adapters.ir import Stream
 from server.adapters.packed import BottleneckLayout, PackedProgram, SiteLayout
+from server.adapters.pairs import are_pairs
 
 STREAMS = get_args(Stream)
 
@@ -53,9 +54,7 @@ class _Check:
         self._check_vector(f"{site.name}: in_scale", layout.in_scale, site.in_features)
         for field in ("out_scale", "shift", "pair_scale"):
             self._check_vector(f"{site.name}: {field}", getattr(layout, field), site.out_features)
-        if layout.pair_scale is not None and (
-            layout.pair_group < 2 or layout.pair_group % 2 or site.out_features % layout.pair_group
-        ):
+        if layout.pair_scale is not None and not are_pairs(site.out_features, layout.pair_group):
             raise ValueError(f"{site.name}: {site.out_features} outputs are not pairs in groups of {layout.pair_group}")
         if layout.bottlenecks and site.name not in {sublayer.site for sublayer in self._spec.sublayers}:
             raise ValueError(f"{site.name}: a bottleneck needs a site that ends a sub-layer")

@@ -23,4 +23,4 @@ class SlotNormWork:
 
     def put(self, y: Tensor, x: Tensor) -> None:
         """Put the norms of the rows of ``x (T, …, width)`` that have parameters of their own into ``y``, in place."""
-        self.kernel(y, x.contiguous(), self.slots, self.places, self.weight, self.bias, **self.form._asdict())
+        self.kernel(y, x.contiguous(), self.slots, self.places, self.weight, self.bias, self.form)

@@ -165,8 +165,8 @@ class DecodeGraphs:
             found = self._forward(static, edits, edits)
             if self._results is None:
                 # All recordings leave their results in the same place, so that they can share the memory of everything before.
-                self._results = tuple(item.new_empty(self._limits.max_rows, item.shape[1]) for item in found)  # type: ignore[assignment]
-            assert self._results is not None
+                hidden, logits = (item.new_empty(self._limits.max_rows, item.shape[1]) for item in found)
+                self._results = hidden, logits
             for result, item in zip(self._results, found, strict=True):
                 result[:rows].copy_(item)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from server.adapters.activations import ACTIVATIONS
+from server.adapters.norm_form import NormForm
+from server.adapters.pairs import swap_pairs
 
 RANK, DOWN, UP, IN_SCALE, OUT_SCALE, SHIFT, BIAS, KIND, PAIR_SCALE, PAIR_GROUP, NORM_WEIGHT, NORM_BIAS = range(12)
 FIELDS = 12
@@ -58,20 +59,10 @@ class SlotPairs(Protocol):
 
 class SlotNorm(Protocol):
     """Puts the norms of ``x (T, …, width)`` into ``y``, of the same shape, for the rows that have parameters of their own; both are
-    contiguous. ``weight`` and ``bias (width,)`` are the norm's own, ``bias`` None where it has none; the others: see NormForm."""
+    contiguous. ``weight`` and ``bias (width,)`` are the norm's own, ``bias`` None where it has none."""
 
     def __call__(
-        self,
-        y: Tensor,
-        x: Tensor,
-        slots: Tensor,
-        places: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        is_centered: bool,
-        offset: float,
-        eps: float,
+        self, y: Tensor, x: Tensor, slots: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None, form: NormForm
     ) -> None: ...
 
 
@@ -122,8 +113,7 @@ def pairs_reference(y: Tensor, z: Tensor, vectors: Tensor, slots: Tensor, places
     for row, slot in enumerate(slots.tolist()):
         start, group = places[slot, [PAIR_SCALE, PAIR_GROUP]].tolist()
         if slot and start >= 0:
-            first, second = z[row].to(vectors.dtype).view(-1, 2, group // 2).unbind(1)
-            swapped = torch.stack((-second, first), dim=1).view(-1)
+            swapped = swap_pairs(z[row].to(vectors.dtype), group)
             y[row] = (y[row].to(vectors.dtype) + swapped * _vector(vectors, start, z.shape[1])).to(y.dtype)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from server.adapters.kernels import slots as fields
 from server.adapters.kernels.slots import SlotKernels, SlotTerms
 from server.adapters.kernels.triton_math import ACTIVATION_CODES, activate, operand
+from server.adapters.norm_form import NormForm
 
 _ROWS = 16
 """Rows of a segment that share what is read of its weights; the least that tensor cores multiply."""
@@ -70,26 +71,15 @@ def pairs_triton(y: Tensor, z: Tensor, vectors: Tensor, slots: Tensor, places: T
     _pairs[grid](y, z, vectors, slots, places, places.stride(0), width, y.stride(0), z.stride(0), WIDTH=block)
 
 
-def norm_triton(
-    y: Tensor,
-    x: Tensor,
-    slots: Tensor,
-    places: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    is_centered: bool,
-    offset: float,
-    eps: float,
-) -> None:
+def norm_triton(y: Tensor, x: Tensor, slots: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None, form: NormForm) -> None:
     """``SlotNorm`` in fp16, bf16 or fp32, computed in fp32 and rounded once. Raises ValueError for rows that are not contiguous."""
     if not y.is_contiguous() or not x.is_contiguous():
         raise ValueError("the kernel takes contiguous rows only")
     width = x.shape[-1]
     rows = x.numel() // width
     _norm[rows,](
-        y, x, slots, places, weight, bias, places.stride(0), rows // slots.shape[0], width, offset, eps,
-        IS_CENTERED=is_centered, WIDTH=triton.next_power_of_2(width),
+        y, x, slots, places, weight, bias, places.stride(0), rows // slots.shape[0], width, form.offset, form.eps,
+        IS_CENTERED=form.is_centered, WIDTH=triton.next_power_of_2(width),
     )  # fmt: skip
 
 
@@ -97,18 +87,21 @@ TRITON = SlotKernels(add_triton, scale_triton, pairs_triton, norm_triton)
 
 
 @triton.jit
-def _segment(slots, position, count, ROWS: tl.constexpr):
-    """Which of the ``ROWS`` positions from ``position`` on are one segment that begins there. None is when it begins before: segments are
-    cut where positions are multiples of ``ROWS``, and whoever is given the first position of a piece takes all of it."""
+def _segment(slots, places, places_stride, kind, position, count, ROWS: tl.constexpr):
+    """The place of the slot at a position, and which of the ``ROWS`` positions from there on are one segment that begins there. None is when
+    the place is not of the kind, nor when the segment begins before: segments are cut where positions are multiples of ``ROWS``, and whoever
+    is given the first position of a piece takes all of it."""
     step = tl.arange(0, ROWS)
     at = position + step
     inside = (at < count) & (at // ROWS == position // ROWS)
-    slot = tl.load(slots + position)
+    slot = tl.load(slots + position).to(tl.int64)
+    place = places + slot * places_stride
+    is_served = (slot != 0) & (tl.load(place + _KIND) == kind)
     same = inside & (tl.load(slots + at, mask=inside, other=-1) == slot)
     # A slot may come again behind another one: that is a segment of its own.
     end = tl.min(tl.where(same, ROWS, step), axis=0)
     continues = (position % ROWS != 0) & (tl.load(slots + tl.maximum(position - 1, 0)) == slot)
-    return (step < end) & (not continues)
+    return place, (step < end) & is_served & (not continues)
 
 
 @triton.jit(do_not_specialize=["count", "kind"])
@@ -118,11 +111,7 @@ def _shrink(
 ):  # fmt: skip
     """``sums[share, row, unit] = x[row, share] @ down[unit, share]``, for one segment and one share of the inputs."""
     position, share = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + position).to(tl.int64)
-    place = places + slot * places_stride
-    if slot == 0 or tl.load(place + _KIND) != kind:
-        return
-    mine = _segment(slots, position, count, ROWS)
+    place, mine = _segment(slots, places, places_stride, kind, position, count, ROWS)
     if tl.sum(mine.to(tl.int32), axis=0) == 0:
         return
     row = (position + tl.arange(0, ROWS)).to(tl.int64)
@@ -151,11 +140,7 @@ def _expand(
 ):  # fmt: skip
     """``y[row, columns] = out_scale * y[row, columns] + act(sums[row] + bias) @ up[:, columns] + shift``, for one segment."""
     position = tl.program_id(0)
-    slot = tl.load(slots + position).to(tl.int64)
-    place = places + slot * places_stride
-    if slot == 0 or tl.load(place + _KIND) != kind:
-        return
-    mine = _segment(slots, position, count, ROWS)
+    place, mine = _segment(slots, places, places_stride, kind, position, count, ROWS)
     if tl.sum(mine.to(tl.int32), axis=0) == 0:
         return
     row = (position + tl.arange(0, ROWS)).to(tl.int64)

@@ -158,7 +158,7 @@ def test_norms_are_the_modules_with_other_parameters(module: nn.Module, shape: t
     found = expected.clone()
     norm_work(module, [(0, 2, found_of[1]), (4, 5, found_of[2])]).put(expected, x)
     slots = torch.tensor([1, 1, 0, 3, 2, 0], dtype=torch.int32, device=DEVICE)
-    TRITON.norm(found, x, slots, places.to(DEVICE), own["weight"], own.get("bias"), **form._asdict())
+    TRITON.norm(found, x, slots, places.to(DEVICE), own["weight"], own.get("bias"), form)
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
